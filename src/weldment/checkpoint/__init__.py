@@ -1,0 +1,1 @@
+"""Opening and writing checkpoints: headers, files, layout, journal."""

@@ -1,0 +1,77 @@
+"""From the name of a model to what is known of it before its weights are read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from weldment.checkpoint.local import is_weights, open_file, open_folder
+from weldment.checkpoint.model import Checkpoint
+from weldment.checkpoint.refusals import refuse_base_and_adapter
+from weldment.errors import CheckpointError
+
+HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+
+
+def open_checkpoint(reference: str, *, where: str | None = None) -> Checkpoint:
+    """A model's tensors, configuration and files, from headers alone.
+
+    Args:
+        reference: a folder, a `.safetensors`, `.pt`, `.pth` or `.bin` file, `org/name` or
+            `org/name@revision` on the Hugging Face Hub. What exists on this machine wins.
+        where: the place in the recipe that names the model, for messages.
+
+    Returns:
+        The checkpoint; `is_local` is false if its weights are still to be downloaded.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged or of a kind that cannot be merged.
+        HubError: the Hub does not give access to it.
+    """
+    try:
+        return _open(reference)
+    except CheckpointError as error:
+        if where is None:
+            raise
+        place = f"{where}: {error.where}" if error.where else where
+        raise type(error)(error.cause, where=place, fix=error.fix) from error
+
+
+def _open(reference: str) -> Checkpoint:
+    path = Path(reference).expanduser()
+    if reference and _exists(path):
+        return open_folder(path, reference) if path.is_dir() else open_file(path, reference)
+    refuse_base_and_adapter(reference)
+    match = HUB_ID.fullmatch(reference)
+    if match is None or is_weights(reference) or reference.endswith(".gguf"):
+        raise _missing(reference, path)
+    # Only models on the Hub need its library, which takes longer to import than to open a folder.
+    from weldment.checkpoint.hub import open_repo
+
+    return open_repo(match["repo"], match["revision"])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _missing(reference: str, path: Path) -> CheckpointError:
+    fix = "Name an existing folder or file, or a model on the Hub as org/name or org/name@revision"
+    near = _nearest(path)
+    if near is not None:
+        fix = f"Did you mean {near}?"
+    return CheckpointError(f"there is no file or folder {reference!r}", fix=fix)
+
+
+def _nearest(path: Path) -> Path | None:
+    """A sibling with almost the same name."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return path.with_name(close[0]) if close else None

@@ -1,0 +1,1 @@
+"""Runs plans: blocks, threads, devices, statistics, and nothing of what methods mean."""

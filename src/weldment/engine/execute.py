@@ -1,0 +1,196 @@
+"""Executes a plan into the files of an output folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weldment.checkpoint.dtypes import ITEM_BYTES, is_float
+from weldment.checkpoint.journal import Journal
+from weldment.checkpoint.layout import Slot
+from weldment.checkpoint.model import TensorEntry, WeightFile
+from weldment.checkpoint.staging import OutputFiles
+from weldment.engine.blocks import BLOCK
+from weldment.engine.checksum import Checksum, Outcome
+from weldment.engine.copying import Copy
+from weldment.engine.progress import Progress
+from weldment.engine.run import Machine, run_works
+from weldment.engine.sources import FileSource
+from weldment.engine.work import Work, Write
+from weldment.errors import CheckpointError, NonFiniteError
+from weldment.methods import METHODS
+from weldment.plan.plan import Plan, TensorJob
+
+_CHECK_STEP = 1 << 22
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to execute.
+
+    Attributes:
+        folder: where the output's files are made.
+        label: tells the plan's records in the journal from those of other stages.
+        find: the path of an input file.
+        allow_nonfinite: report NaN and infinity in the output instead of failing.
+    """
+
+    folder: Path
+    label: str
+    journal: Journal
+    finished: Mapping[str, str]
+    find: Callable[[WeightFile], Path]
+    machine: Machine
+    progress: Progress
+    block: int = BLOCK
+    allow_nonfinite: bool = False
+
+
+class _Inputs:
+    """Open input files."""
+
+    def __init__(self, stack: ExitStack, find: Callable[[WeightFile], Path]) -> None:
+        self._stack = stack
+        self._find = find
+        self._open: dict[Path, int] = {}
+
+    def source(self, entry: TensorEntry) -> FileSource:
+        path = self._find(entry.file)
+        if path not in self._open:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+            self._stack.callback(os.close, descriptor)
+            self._open[path] = descriptor
+        return FileSource(self._open[path], path, entry.name, entry.dtype, entry.offset)
+
+
+def execute(plan: Plan, run: Execution) -> dict[str, str]:
+    """Write all tensors of a plan.
+
+    Returns:
+        the checksum of every tensor, by `file|name`.
+
+    Raises:
+        NonFiniteError: the output has NaN or infinity; all its tensors that do are named.
+    """
+    slots = {(_file(slot), slot.name): slot for slot in plan.layout.slots}
+    with ExitStack() as stack:
+        files = OutputFiles(run.folder, plan.layout, fresh=not run.finished)
+        stack.callback(files.close)
+        inputs = _Inputs(stack, run.find)
+        works = [_work(job, slots[job.file, job.name], inputs, files, run.block) for job in plan.jobs]
+        names = {id(work): _label(job) for work, job in zip(works, plan.jobs, strict=True)}
+        checksums = _still_true(plan, run, files)
+        share = {id(work): _bytes_per_element(job) for work, job in zip(works, plan.jobs, strict=True)}
+        nonfinite: dict[str, int] = {}
+
+        def finished(work: Work | Copy, outcome: Outcome) -> None:
+            label = names[id(work)]
+            checksums[label] = outcome.checksum.digest()
+            if outcome.nonfinite:
+                nonfinite[work.name] = outcome.nonfinite
+            if not outcome.nonfinite or run.allow_nonfinite:
+                run.journal.record(run.label + label, checksums[label])
+
+        def report(work: Work | Copy, count: int) -> None:
+            run.progress.advance(work.name, int(count * share[id(work)]))
+
+        kept = set(checksums)
+        run.progress.begin(plan.read_bytes, sum(job.read_bytes for job in plan.jobs if _label(job) in kept))
+        run_works(works, run.machine, finished=finished, report=report, pending=lambda work: names[id(work)] not in kept)
+    _judge(nonfinite, run)
+    return checksums
+
+
+def _judge(nonfinite: Mapping[str, int], run: Execution) -> None:
+    """Report or refuse tensors with NaN or infinity."""
+    if not nonfinite:
+        return
+    listing = ", ".join(f"{name} ({count})" for name, count in sorted(nonfinite.items())[:20])
+    more = f" and {len(nonfinite) - 20} more" if len(nonfinite) > 20 else ""
+    cause = f"NaN or infinity in {len(nonfinite)} tensors of the result (elements): {listing}{more}"
+    if not run.allow_nonfinite:
+        raise NonFiniteError(
+            cause, fix="Look for NaN in the inputs or for weights that are too large; float16 overflows above 65504, bfloat16 does not"
+        )
+    run.progress.message(cause)
+
+
+def _label(job: TensorJob) -> str:
+    return f"{job.file}|{job.name}"
+
+
+def _file(slot: Slot) -> str:
+    return slot.file if "/" in slot.file else ""
+
+
+def _bytes_per_element(job: TensorJob) -> float:
+    entries = [*job.sources, *([job.base] if job.base else [])]
+    return float(sum(ITEM_BYTES[entry.dtype] for entry in entries))
+
+
+def _work(job: TensorJob, slot: Slot, inputs: _Inputs, files: OutputFiles, block: int) -> Work | Copy:
+    sources = [inputs.source(entry) for entry in job.sources]
+    write = _writer(files, slot)
+    same = all(entry.dtype == job.dtype for entry in job.sources)
+    if job.action != "merge" and (same or not is_float(job.dtype)):
+        return Copy(job.name, job.shape, sources, job.dtype, write)
+    copied = job.action != "merge"
+    return Work(
+        name=job.name,
+        shape=job.shape,
+        method=METHODS["passthrough" if copied else job.method],
+        parameters={"scale": (1.0,)} if copied else job.parameters,
+        sources=sources,
+        base=inputs.source(job.base) if job.base else None,
+        dtype=job.dtype,
+        write=write,
+        keys=job.keys,
+        block=block,
+    )
+
+
+def _writer(files: OutputFiles, slot: Slot) -> Write:
+    size = ITEM_BYTES[slot.dtype]
+
+    def write(start: int, block: Tensor) -> None:
+        files.write(slot.file, slot.offset + start * size, memoryview(block.view(torch.uint8).numpy()))
+
+    return write
+
+
+def _still_true(plan: Plan, run: Execution, files: OutputFiles) -> dict[str, str]:
+    """The tensors that an earlier run finished and whose bytes are still what it wrote."""
+    kept: dict[str, str] = {}
+    for slot in plan.layout.slots:
+        label = f"{_file(slot)}|{slot.name}"
+        recorded = run.finished.get(run.label + label)
+        if recorded is not None and stored_checksum(files.descriptor(slot.file), slot) == recorded:
+            kept[label] = recorded
+    return kept
+
+
+def stored_checksum(descriptor: int, slot: Slot) -> str:
+    """The checksum of a tensor as it is on disk."""
+    checksum = Checksum(slot.numel, slot.dtype)
+    size = ITEM_BYTES[slot.dtype]
+    buffer = torch.empty(_CHECK_STEP * size, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    for start in range(0, slot.numel, _CHECK_STEP):
+        count = min(_CHECK_STEP, slot.numel - start) * size
+        position = 0
+        while position < count:
+            got = os.preadv(descriptor, [view[position:count]], slot.offset + start * size + position)
+            if got == 0:
+                return ""
+            position += got
+        checksum.add_bytes(start * size, buffer[:count].numpy())
+    return checksum.digest()

@@ -1,0 +1,176 @@
+"""One tensor to merge, and the stages it goes through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weldment.checkpoint.dtypes import TORCH
+from weldment.engine.blocks import BLOCK, Grid, Range, chunks
+from weldment.engine.checksum import Checksum, Outcome
+from weldment.engine.order import select
+from weldment.engine.scheduler import Stages
+from weldment.engine.sources import Source
+from weldment.engine.workspace import Workspace
+from weldment.methods.block import Block, OrderStatistic, Statistic, Total
+from weldment.methods.method import Method
+
+_FLOAT16_OVERFLOW = 65520.0
+
+Write = Callable[[int, Tensor], None]
+"""Takes the index of the first element and a contiguous block in the output's dtype."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A tensor to merge.
+
+    Attributes:
+        parameters: the kernel's keyword arguments.
+        keys: random keys, one per model.
+        statistics: results of model-wide passes, by name.
+        dtype: safetensors name of the output's dtype.
+        block: elements of a block.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    method: Method
+    parameters: Mapping[str, Any]
+    sources: Sequence[Source]
+    base: Source | None
+    dtype: str
+    write: Write
+    keys: Sequence[int] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    block: int = BLOCK
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.method.unit_for(self.parameters), self.block)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def load(self, cut: Range, statistics: Mapping[str, Any], workspace: Workspace) -> Block:
+        """Read the same elements of every model."""
+        models = [self._read(source, ("model", n), cut, workspace) for n, source in enumerate(self.sources)]
+        base = None if self.base is None else self._read(self.base, "base", cut, workspace)
+        return Block(
+            models, base, self.shape, cut.start, statistics=statistics, keys=self.keys, pool=workspace.scratch
+        )
+
+    def _read(self, source: Source, name: Any, cut: Range, workspace: Workspace) -> Tensor:
+        out = workspace.numbers(name, cut.numel)
+        source.read(cut.start, out, workspace)
+        return out.view(cut.view)
+
+
+def tensor_stages(work: Work, finished: Callable[[Outcome], None], report: Callable[[int], None]) -> Stages[Workspace]:
+    """The passes over one tensor: its statistics, then the merge; `finished` gets the outcome.
+
+    `report` is called with the number of elements merged, block by block.
+    """
+    statistics = dict(work.statistics)
+    for statistic in work.method.statistics_for(work.parameters) if work.numel else ():
+        if statistic.name not in statistics:
+            statistics[statistic.name] = yield from statistic_stages([work], statistic, statistics)
+    checksum = Checksum(work.numel, work.dtype)
+    nonfinite = yield [partial(_merge_span, work, span, statistics, checksum, report) for span in work.grid.spans()]
+    finished(Outcome(checksum, sum(nonfinite)))
+
+
+def statistic_stages(works: Sequence[Work], statistic: Statistic, known: Mapping[str, Any]) -> Stages[Workspace]:
+    """One statistic over one tensor, or over all tensors of a model."""
+    if isinstance(statistic, Total):
+        return (yield from _total_stages(works, statistic, known))
+    return (yield from _order_stages(works, statistic, known))
+
+
+def _total_stages(works: Sequence[Work], statistic: Total, known: Mapping[str, Any]) -> Stages[Workspace]:
+    tasks = [partial(_total_span, work, span, statistic, known) for work in works for span in work.grid.spans()]
+    parts = yield tasks
+    if not parts:
+        return None
+    total = torch.cat(parts).sum(dim=0)
+    return total if statistic.finish is None else statistic.finish(total)
+
+
+def _total_span(
+    work: Work, span: tuple[int, int], statistic: Total, known: Mapping[str, Any], workspace: Workspace
+) -> Tensor:
+    """The partial sums of the chunks of a span, stacked."""
+    partials: list[Tensor] = []
+    for cut in work.grid.blocks(span):
+        block = work.load(cut, known, workspace)
+        pieces = chunks(cut.numel) if work.grid.unit == "element" else [(0, cut.numel)]
+        for start, stop in pieces:
+            piece = block if len(pieces) == 1 else _piece(block, start, stop)
+            partials.append(statistic.of(piece, **work.parameters).double().cpu())
+    return torch.stack(partials)
+
+
+def _piece(block: Block, start: int, stop: int) -> Block:
+    return replace(
+        block,
+        models=[model[start:stop] for model in block.models],
+        base=None if block.base is None else block.base[start:stop],
+        start=block.start + start,
+        _taken=0,
+    )
+
+
+def _order_stages(works: Sequence[Work], statistic: OrderStatistic, known: Mapping[str, Any]) -> Stages[Workspace]:
+    total = sum(work.numel for work in works)
+    ranks = statistic.ranks(total, **works[0].parameters)
+    if all(rank is None for series in ranks for rank in series):
+        return [[None for _ in series] for series in ranks]
+    wanted = [n for n, series in enumerate(ranks) if any(rank is not None for rank in series)]
+
+    def values(work: Work, cut: Range, workspace: Workspace) -> list[Tensor]:
+        found = statistic.of(work.load(cut, known, workspace), **work.parameters)
+        return [found[n].reshape(-1) for n in wanted]
+
+    places = [[rank for rank in ranks[n] if rank is not None] for n in wanted]
+    found = yield from select([(work, work.grid) for work in works], values, places)
+    answers = {n: iter(series) for n, series in zip(wanted, found, strict=True)}
+    return [[None if rank is None else next(answers[n]) for rank in series] for n, series in enumerate(ranks)]
+
+
+def _merge_span(
+    work: Work,
+    span: tuple[int, int],
+    statistics: Mapping[str, Any],
+    checksum: Checksum,
+    report: Callable[[int], None],
+    workspace: Workspace,
+) -> int:
+    """Merge and write a span; the number of elements that are not finite."""
+    nonfinite = 0
+    for cut in work.grid.blocks(span):
+        merged = work.method.kernel(work.load(cut, statistics, workspace), **work.parameters).reshape(-1)
+        out = workspace.staging("out", cut.numel * TORCH[work.dtype].itemsize).view(TORCH[work.dtype])
+        out.copy_(merged)
+        nonfinite += count_nonfinite(merged, out)
+        checksum.add(cut.start, out)
+        work.write(cut.start, out)
+        report(cut.numel)
+    return nonfinite
+
+
+def count_nonfinite(merged: Tensor, out: Tensor) -> int:
+    """How many elements of `out`, the rounded `merged`, are NaN or infinite.
+
+    A finite sum proves that every term is finite, at a fraction of the cost of looking at each.
+    """
+    overflow = out.dtype == torch.float16 and merged.numel() > 0 and float(merged.abs().max()) >= _FLOAT16_OVERFLOW
+    if math.isfinite(float(merged.sum())) and not overflow:
+        return 0
+    return int((~torch.isfinite(out)).sum())

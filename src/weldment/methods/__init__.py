@@ -1,0 +1,11 @@
+"""The mathematics, and nothing else: one function and one row for each method."""
+
+from __future__ import annotations
+
+from weldment.methods.average import AVERAGE
+from weldment.methods.method import Method, Parameter
+from weldment.methods.task_vectors import TASK_VECTORS
+
+METHODS: dict[str, Method] = {method.name: method for method in (*AVERAGE, *TASK_VECTORS)}
+
+__all__ = ["METHODS", "Method", "Parameter"]

@@ -1,0 +1,90 @@
+"""From parameter values to the keyword arguments of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from weldment.methods.method import Method, Parameter
+
+
+def settle(method: Method, values: Mapping[str, Any], models: int) -> dict[str, Any]:
+    """The kernel's keyword arguments: defaults filled in, per-model values as tuples.
+
+    Args:
+        values: by parameter name (or alias); a per-model parameter takes one value or one per model.
+        models: number of models.
+
+    Raises:
+        ValueError: a value is missing or does not fit; the text says which.
+    """
+    known = {name: parameter for parameter in method.parameters for name in (parameter.name, *(parameter.aliases or {}))}
+    for name in values:
+        if name.rstrip("_") not in known:
+            raise ValueError(f"{method.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+    arguments = {parameter.argument: _value(parameter, values, models, method) for parameter in method.parameters}
+    if method.check is not None:
+        method.check(**arguments)
+    return arguments
+
+
+def _value(parameter: Parameter, values: Mapping[str, Any], models: int, method: Method) -> Any:
+    given, factor = parameter.default, None
+    for name, scale in ((parameter.name, None), (parameter.argument, None), *(parameter.aliases or {}).items()):
+        if name in values:
+            given, factor = values[name], scale
+    if given is None and parameter.required:
+        raise ValueError(f"{method.name} needs `{parameter.name}`: {parameter.help}")
+    if not parameter.per_model:
+        return checked(parameter, given, factor)
+    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * models
+    if len(listed) != models:
+        raise ValueError(f"`{parameter.name}` has {len(listed)} values for {models} models")
+    return tuple(checked(parameter, value, factor) for value in listed)
+
+
+def checked(parameter: Parameter, value: Any, factor: float | None = None) -> Any:
+    """The value in its type, scaled if it was given under an alias.
+
+    Raises:
+        ValueError: wrong type or out of range.
+    """
+    if parameter.kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"`{parameter.name}` must be true or false, not {value!r}")
+        return value
+    if parameter.kind == "choice":
+        word = str(value).lower() if isinstance(value, bool) else value
+        if word not in parameter.choices:
+            raise ValueError(f"`{parameter.name}` must be one of {', '.join(parameter.choices)}, not {value!r}")
+        return word
+    return _number(parameter, value, factor)
+
+
+def _number(parameter: Parameter, value: Any, factor: float | None) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise ValueError(f"`{parameter.name}` must be a number, not {value!r}")
+    if parameter.kind == "int":
+        if value != int(value):
+            raise ValueError(f"`{parameter.name}` must be a whole number, not {value!r}")
+        value = int(value)
+    else:
+        value = float(value) * (factor or 1.0)
+    low, high = parameter.minimum, parameter.maximum
+    too_low = low is not None and (value <= low if parameter.open_minimum else value < low)
+    too_high = high is not None and (value >= high if parameter.open_maximum else value > high)
+    if too_low or too_high:
+        raise ValueError(f"`{parameter.name}` must be {interval(parameter)}, not {value:g}")
+    return value
+
+
+def interval(parameter: Parameter) -> str:
+    """The range of a parameter in words: `in (0, 1]`, `at least 0`, `any number`."""
+    low, high = parameter.minimum, parameter.maximum
+    if low is None and high is None:
+        return "any number"
+    if high is None:
+        return f"above {low:g}" if parameter.open_minimum else f"at least {low:g}"
+    if low is None:
+        return f"below {high:g}" if parameter.open_maximum else f"at most {high:g}"
+    return f"in {'(' if parameter.open_minimum else '['}{low:g}, {high:g}{')' if parameter.open_maximum else ']'}"

@@ -1,0 +1,92 @@
+"""Random masks without state: a hash of (seed, model, tensor, element), equal on every device.
+
+A tensor is covered by chunks of `CHUNK` elements. Each chunk gets 64 key bits from the key of the
+tensor; each pair of elements gets one 32-bit hash of its place in the chunk and the key, made of
+torch integer operations that wrap around, and takes 16 bits of it each. Probabilities are
+multiples of 1/65536: `quantised` gives the one that is used, and dividing by it is unbiased.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from weldment.methods.block import CHUNK
+
+LEVELS = 1 << 16
+_HALF = LEVELS // 2
+# Two odd multipliers with the shifts 16, 15, 15 of the low-bias 32-bit mixers found by search
+# (C. Wellons, hash-prospector, public domain).
+_FIRST = 0x21F0AAAD
+_SECOND = 0x735A2D97
+
+
+def tensor_key(seed: int, model: str, tensor: str) -> int:
+    """64 random bits for one tensor of one model."""
+    text = f"{seed}\0{model}\0{tensor}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def quantised(probability: float) -> float:
+    """The multiple of 1/65536 nearest to `probability`, at least one step above 0."""
+    return max(1, round(probability * LEVELS)) / LEVELS
+
+
+def _shift_xor_(x: Tensor, bits: int, work: Tensor) -> Tensor:
+    """x ^= x >>> bits, the shift filling with zeros."""
+    torch.bitwise_right_shift(x, bits, out=work)
+    work.bitwise_and_((1 << (32 - bits)) - 1)
+    return x.bitwise_xor_(work)
+
+
+@lru_cache(maxsize=4)
+def _places(device: torch.device) -> Tensor:
+    """The hashed places 0 .. CHUNK / 2 - 1, the part of the hash that no key changes."""
+    x = torch.arange(CHUNK // 2, dtype=torch.int32, device=device)
+    work = torch.empty_like(x)
+    _shift_xor_(x.mul_(_FIRST), 15, work)
+    return _shift_xor_(x.mul_(_SECOND), 16, work)
+
+
+def _chunk_bits(key: int, chunk: int, out: Tensor, work: Tensor) -> None:
+    """Fill `out` (int32, CHUNK / 2 long) with the hashes of one chunk."""
+    digest = hashlib.blake2b(struct.pack("<QQ", key, chunk), digest_size=8).digest()
+    first, second = struct.unpack("<ii", digest)
+    torch.add(_places(out.device), first, out=out)
+    _shift_xor_(out.mul_(_FIRST), 15, work)
+    _shift_xor_(out.add_(second).mul_(_SECOND), 16, work)
+
+
+def random_levels(key: int, start: int, like: Tensor) -> Tensor:
+    """Uniform integers in [-32768, 32768), one for each element, in the dtype and shape of `like`.
+
+    Args:
+        key: from `tensor_key`.
+        start: index of the block's first element in the flattened tensor.
+        like: gives shape, dtype and device.
+    """
+    count = like.numel()
+    first, last = start // CHUNK, (start + count + CHUNK - 1) // CHUNK
+    bits = torch.empty(max(last - first, 0) * (CHUNK // 2), dtype=torch.int32, device=like.device)
+    work = torch.empty(CHUNK // 2, dtype=torch.int32, device=like.device)
+    for chunk in range(first, last):
+        place = (chunk - first) * (CHUNK // 2)
+        _chunk_bits(key, chunk, bits[place : place + CHUNK // 2], work)
+    skip = start - first * CHUNK
+    return bits.view(torch.int16)[skip : skip + count].to(like.dtype).view_as(like)
+
+
+def keep_mask(key: int, start: int, probability: float | Tensor, like: Tensor) -> Tensor:
+    """1 with the given probability, else 0, for each element of the block.
+
+    `probability` is a multiple of 1/65536 (see `quantised`), one for all elements or one each;
+    element e is kept if its level lies below probability * 65536 - 32768.
+    """
+    levels = random_levels(key, start, like)
+    if isinstance(probability, Tensor):
+        return levels.neg_().add_(probability * LEVELS).sub_(_HALF).clamp_(0.0, 1.0)
+    return levels.neg_().add_(round(probability * LEVELS) - _HALF).clamp_(0.0, 1.0)

@@ -1,0 +1,1 @@
+"""Plans: what a merge will do, from headers alone."""

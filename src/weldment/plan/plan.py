@@ -1,0 +1,132 @@
+"""A plan: everything a merge will do, known from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from weldment.checkpoint.layout import Layout
+from weldment.checkpoint.model import Checkpoint, TensorEntry
+from weldment.recipe.recipe import Recipe
+
+Action = Literal["merge", "copy", "agree"]
+Fate = Literal["merged", "copied", "head", "dropped"]
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """How one output tensor is made.
+
+    Attributes:
+        action: "merge" runs the method; "copy" takes the only source's elements; "agree" copies
+            the first source after checking that all sources hold the same bytes.
+        file: "" for the model itself, or the file of a head.
+        sources: one tensor per model, in the order of the parameters.
+        parameters: the kernel's keyword arguments.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Action
+    sources: tuple[TensorEntry, ...]
+    base: TensorEntry | None = None
+    method: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[int, ...] = ()
+    file: str = ""
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.sources) + (self.base.nbytes if self.base else 0)
+
+    def record(self) -> dict[str, Any]:
+        """What determines the output's bytes, as JSON-able values (file places left out)."""
+        return {
+            "name": self.name,
+            "file": self.file,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "action": self.action,
+            "method": self.method,
+            "sources": [[entry.name, entry.dtype] for entry in self.sources],
+            "base": [self.base.name, self.base.dtype] if self.base else None,
+            "parameters": dict(self.parameters),
+            "keys": list(self.keys),
+        }
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What became of one input tensor."""
+
+    model: str
+    tensor: str
+    fate: Fate
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One merge, ready to run.
+
+    Attributes:
+        models: the opened inputs by their reference in the recipe.
+        reference: the model that gives names, configuration and side files.
+        experts: references of the merged models, in order.
+        stages: plans of intermediate merges that this one reads, in order.
+        notes: what the user should know, one sentence each.
+    """
+
+    recipe: Recipe
+    models: Mapping[str, Checkpoint]
+    reference: str
+    experts: tuple[str, ...]
+    jobs: tuple[TensorJob, ...]
+    layout: Layout
+    ledger: tuple[LedgerEntry, ...]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    stages: tuple[Plan, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Input bytes that jobs use (each counted once per use)."""
+        return sum(job.read_bytes for job in self.jobs)
+
+    @property
+    def write_bytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def parameters_count(self) -> int:
+        """Number of elements of the merged model."""
+        return sum(slot.numel for slot in self.layout.slots if "/" not in slot.file)
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies what will be written: equal for equal recipes, inputs' shapes and layout."""
+        record = {
+            "format": 1,
+            "accumulate": self.recipe.accumulate,
+            "jobs": [job.record() for job in self.jobs],
+            "files": [[file.name, file.size] for file in self.layout.files],
+            "config": self.config,
+            "stages": [stage.hash for stage in self.stages],
+        }
+        text = json.dumps(record, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """How many input tensors had each fate."""
+        return dict(Counter(entry.fate for entry in self.ledger))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all inputs are on this machine."""
+        return all(model.is_local for model in self.models.values()) and all(s.is_local for s in self.stages)

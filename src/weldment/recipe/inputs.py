@@ -1,0 +1,105 @@
+"""Which models a recipe merges, in which order, and whether the method can merge them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from weldment.errors import RecipeError
+from weldment.methods import METHODS, Method
+from weldment.recipe.recipe import ModelInput, Recipe, Slice, SliceSource
+from weldment.recipe.words import Place
+
+Input = TypeVar("Input", ModelInput, SliceSource)
+
+
+def experts_of(recipe: Recipe) -> tuple[ModelInput, ...]:
+    """The merged models in merge order.
+
+    The base is not among them, unless the method counts it as the first of the models (slerp) or
+    does not use it (linear). With slices: every model that a slice names, once, in order of
+    appearance.
+    """
+    method = METHODS[recipe.method]
+    if not recipe.slices:
+        found = _experts(recipe.models, recipe.base_model, method)
+        if method.base_is_model and recipe.base_model and not any(m.model == recipe.base_model for m in found):
+            return (ModelInput(recipe.base_model, where="base_model"), *found)
+        return found
+    own = {model.model: model for model in recipe.models}
+    names = dict.fromkeys(source.model for piece in recipe.slices for source in slice_experts(recipe, piece))
+    return tuple(own.get(name, ModelInput(name)) for name in names)
+
+
+def slice_experts(recipe: Recipe, piece: Slice) -> tuple[SliceSource, ...]:
+    """The merged sources of one slice in merge order; of the base as `experts_of` says."""
+    return _experts(piece.sources, recipe.base_model, METHODS[recipe.method])
+
+
+def _experts(inputs: Sequence[Input], base: str | None, method: Method) -> tuple[Input, ...]:
+    if base is None or method.base == "unused":
+        return tuple(inputs)
+    if method.base_is_model:
+        return tuple(sorted(inputs, key=lambda item: item.model != base))
+    return tuple(item for item in inputs if item.model != base)
+
+
+def misfits(recipe: Recipe, place: Place) -> tuple[list[RecipeError], list[str]]:
+    """What is wrong with the number of models and with the base, and notes on what has no effect."""
+    method = METHODS[recipe.method]
+    if method.base == "required" and recipe.base_model is None:
+        return [place.problem(f"{method.name} needs a base model", _base_advice(method))], []
+    if not recipe.slices:
+        return _count(experts_of(recipe), recipe.models, method, place, "models"), _idle(recipe, method, recipe.models)
+    problems: list[RecipeError] = []
+    notes: list[str] = []
+    for piece in recipe.slices:
+        path = f"{piece.where}.sources"
+        problems += _count(slice_experts(recipe, piece), piece.sources, method, place, path)
+        problems += _repeated_base(recipe, piece, method, place)
+        notes += _idle(recipe, method, piece.sources)
+    return problems, notes
+
+
+def _base_advice(method: Method) -> str:
+    if method.base_is_model:
+        return "Add `base_model:` with the one of the two models to start from"
+    return "Add `base_model:` with the model that the others were fine-tuned from"
+
+
+def _count(
+    experts: Sequence[Input], listed: Sequence[Input], method: Method, place: Place, path: str
+) -> list[RecipeError]:
+    low, high = method.models
+    if low <= len(experts) <= (len(experts) if high is None else high):
+        return []
+    amount = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    noun = "model" if high == 1 or (high is None and low == 1) else "models"
+    remark = ", the base among them," if method.base_is_model else ""
+    left = len(listed) - len(experts)
+    besides = " besides the base" if left > 0 else ""
+    cause = f"{method.name} merges {amount} {noun}{remark} and here {_are(len(experts))}{besides}"
+    fix = "`base_model` must be one of the two models" if method.base_is_model and len(experts) > len(listed) else None
+    return [place.at(path).problem(cause, fix)]
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count}"
+
+
+def _repeated_base(recipe: Recipe, piece: Slice, method: Method, place: Place) -> list[RecipeError]:
+    times = sum(source.model == recipe.base_model for source in piece.sources)
+    if method.base == "unused" or method.base_is_model or times < 2:
+        return []
+    cause = f"the base is listed {times} times, and which of its layers is the base is not said"
+    return [place.at(f"{piece.where}.sources").problem(cause, "List the base once")]
+
+
+def _idle(recipe: Recipe, method: Method, listed: Sequence[Input]) -> list[str]:
+    if method.base == "unused" or method.base_is_model:
+        return []
+    return [
+        f"the parameters of {item.model} have no effect: it is the base"
+        for item in listed
+        if item.model == recipe.base_model and item.parameters
+    ]

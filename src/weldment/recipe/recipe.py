@@ -1,0 +1,123 @@
+"""A checked recipe, whatever dialect it was written in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = Mapping[str, Any]
+"""Parameters as written: name -> scalar, gradient (list of scalars) or list of {filter, value}."""
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One model among those merged, with its own parameters; `where` is its YAML path."""
+
+    model: str
+    parameters: Settings = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """Layers [start, end) of one model."""
+
+    model: str
+    layer_range: tuple[int, int]
+    parameters: Settings = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the output: as many as each of its sources has."""
+
+    sources: tuple[SliceSource, ...]
+    parameters: Settings = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One merge.
+
+    Attributes:
+        method: a name in `METHODS`.
+        models: the models as listed; may include the base. With `slices`, only the
+            per-model parameters of models that slices name.
+        slices: layer slices, or empty.
+        base_model: the base as written, or None.
+        parameters: the recipe's global parameters.
+        dtype: safetensors name of the output's dtype, or None to keep each tensor's own.
+        accumulate: "float32" or "float64".
+        seed: for random methods.
+        name: of an intermediate merge in a multi-document recipe.
+        heads, take, drop: patterns (globs over tensor names): `heads` are kept per expert, `take`
+            come from the named model unmerged, `drop` are left out.
+        notes: what was accepted but has no effect, one sentence each.
+        source: the recipe's YAML mapping after overrides, as the user wrote it.
+        origin: file name for messages.
+    """
+
+    method: str
+    models: tuple[ModelInput, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    accumulate: str = "float32"
+    seed: int = 0
+    name: str | None = None
+    tokenizer: Any = None
+    chat_template: str | None = None
+    heads: tuple[str, ...] = ()
+    take: Mapping[str, str] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "recipe"
+
+    def references(self) -> dict[str, str]:
+        """Every model that is named, with the YAML path where it is named first."""
+        found: dict[str, str] = {}
+        if self.base_model is not None:
+            found[self.base_model] = "base_model"
+        for source in (source for piece in self.slices for source in piece.sources):
+            found.setdefault(source.model, source.where)
+        for model in self.models if not self.slices else ():
+            found.setdefault(model.model, model.where)
+        return found
+
+
+def canonical(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe asks for, as JSON-able values: equal for recipes that are only written differently."""
+    return {
+        "method": recipe.method,
+        "models": [{"model": item.model, "parameters": dict(item.parameters)} for item in recipe.models],
+        "slices": [
+            {
+                "sources": [
+                    {
+                        "model": source.model,
+                        "layer_range": list(source.layer_range),
+                        "parameters": dict(source.parameters),
+                    }
+                    for source in piece.sources
+                ],
+                "parameters": dict(piece.parameters),
+            }
+            for piece in recipe.slices
+        ],
+        "base_model": recipe.base_model,
+        "parameters": dict(recipe.parameters),
+        "dtype": recipe.dtype,
+        "accumulate": recipe.accumulate,
+        "seed": recipe.seed,
+        "name": recipe.name,
+        "tokenizer": recipe.tokenizer,
+        "chat_template": recipe.chat_template,
+        "heads": list(recipe.heads),
+        "take": dict(recipe.take),
+        "drop": list(recipe.drop),
+    }

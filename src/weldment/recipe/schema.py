@@ -1,0 +1,302 @@
+"""The shape of a recipe: which keys there are and what each may hold.
+
+Parameters of methods are only checked to be mappings here; `settings` knows what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from weldment.checkpoint import dtypes
+from weldment.errors import RecipeError
+from weldment.methods import METHODS
+from weldment.recipe.words import Place, shown, suggestion
+
+_NAME = re.compile(r"\w[\w.-]*")
+_SEED_END = 2**63
+
+
+class _RefusedError(ValueError):
+    """A value that its validator refuses, with the parts of a message."""
+
+    def __init__(self, cause: str, fix: str | None = None) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.fix = fix
+
+
+def _reference(value: object) -> object:
+    """A model as one string; `{model: {path, revision}, lora: {path, revision}}` is written out."""
+    if isinstance(value, Mapping):
+        value = _written_out(value)
+    if not isinstance(value, str):
+        raise _RefusedError(f"{shown(value)} is not a model: a path, org/name, org/name@revision or base+adapter")
+    if not value.strip():
+        raise _RefusedError("a model is an empty text")
+    return value.strip().rstrip("/") or "/"
+
+
+def _written_out(value: Mapping[str, Any]) -> str:
+    allowed = {"model", "lora"} if "model" in value else {"path", "revision"}
+    wrong = [key for key in value if key not in allowed]
+    if wrong:
+        raise _RefusedError(f"`{wrong[0]}` has no meaning in a model", suggestion(wrong[0], sorted(allowed)))
+    if "model" in value:
+        parts = [value["model"], *([value["lora"]] if value.get("lora") is not None else [])]
+        return "+".join(str(_reference(part)) for part in parts)
+    if not isinstance(value.get("path"), str):
+        raise _RefusedError(f"{shown(dict(value))} is not a model: `path` is missing")
+    revision = value.get("revision")
+    if not (revision is None or isinstance(revision, str)):
+        raise _RefusedError(f"the revision {shown(revision)} is not text", "Put it in quotes")
+    return f"{value['path']}@{revision}" if revision else value["path"]
+
+
+def _whole_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _layer_range(value: object) -> object:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_whole_number, value)):
+        raise _RefusedError(
+            f"{shown(value)} is not a range of layers: two whole numbers [start, end], the end not included"
+        )
+    start, end = value
+    if start < 0:
+        raise _RefusedError(f"{shown(value)} begins before layer 0")
+    if start >= end:
+        raise _RefusedError(f"{shown(value)} is empty: in [start, end] the end must be greater")
+    return start, end
+
+
+def _method(value: object) -> object:
+    if not isinstance(value, str):
+        raise _RefusedError(f"{shown(value)} is not the name of a method")
+    if value not in METHODS:
+        raise _RefusedError(f"there is no method {shown(value)}", suggestion(value, METHODS))
+    return value
+
+
+def _dtype(value: object) -> object:
+    """The safetensors name of a dtype; None for `auto`."""
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, str) or value not in dtypes.RECIPE:
+        advice = suggestion(str(value), [*dtypes.RECIPE, "auto"])
+        raise _RefusedError(f"{shown(value)} is not a dtype that a merged model can have", advice)
+    return dtypes.RECIPE[value]
+
+
+def _accumulate(value: object) -> object:
+    name = dtypes.CONFIG.get(dtypes.RECIPE.get(value, "")) if isinstance(value, str) else None
+    if name not in ("float32", "float64"):
+        raise _RefusedError(f"{shown(value)} is not a dtype to calculate in: float32 or float64")
+    return name
+
+
+def _seed(value: object) -> object:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _SEED_END:
+        raise _RefusedError(f"{shown(value)} is not a seed: a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def _merge_name(value: object) -> object:
+    if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
+        raise _RefusedError(f"{shown(value)} is not a name: letters, digits, `_`, `-` and `.`")
+    return value
+
+
+def _text(value: object) -> object:
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise _RefusedError(f"{shown(value)} is not text", "Put it in quotes if it is meant as text")
+    return value
+
+
+def _patterns(value: object) -> object:
+    listed = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) and item for item in listed):
+        raise _RefusedError(f"{shown(value)} is not a list of patterns for tensor names, like ['*.lm_head.*']")
+    return listed
+
+
+def _token_source(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _entry(value: object) -> object:
+    """A model alone stands for an entry without parameters."""
+    is_model = isinstance(value, str) or (isinstance(value, Mapping) and ("path" in value or "lora" in value))
+    if not is_model and not isinstance(value, Mapping):
+        raise _RefusedError(f"{shown(value)} is neither a model nor a mapping with the key `model`")
+    return {"model": value} if is_model else value
+
+
+def _or_empty(value: object) -> object:
+    return {} if value is None else value
+
+
+Reference = Annotated[str, BeforeValidator(_reference)]
+Settings = Annotated[dict[str, Any], BeforeValidator(_or_empty)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+Text = Annotated[str | None, BeforeValidator(_text)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """An item of `models`."""
+
+    model: Reference
+    parameters: Settings = Field(default_factory=dict)
+
+
+class SourceSection(_Section):
+    """An item of `slices[].sources`."""
+
+    model: Reference
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_layer_range)]
+    parameters: Settings = Field(default_factory=dict)
+
+
+class SliceSection(_Section):
+    """An item of `slices`."""
+
+    sources: tuple[SourceSection, ...] = Field(min_length=1)
+    parameters: Settings = Field(default_factory=dict)
+
+
+class TokenSourceSection(_Section):
+    """Where the embedding of one token comes from."""
+
+    kind: Literal["zero", "model_token"] | None = None
+    model: Reference | None = None
+    token: Text = None
+    token_id: Annotated[int, Field(strict=True, ge=0)] | None = None
+
+
+class TokenSection(_Section):
+    """An item of `tokenizer.tokens`."""
+
+    source: Annotated[TokenSourceSection, BeforeValidator(_token_source)]
+    force: Annotated[bool, Field(strict=True)] = False
+
+
+class TokenizerSection(_Section):
+    """`tokenizer`."""
+
+    source: Reference | None = None
+    tokens: Annotated[dict[str, TokenSection], BeforeValidator(_or_empty)] = Field(default_factory=dict)
+    pad_to_multiple_of: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+
+class RecipeSection(_Section):
+    """A whole document."""
+
+    merge_method: Annotated[str, BeforeValidator(_method)]
+    models: tuple[Annotated[ModelSection, BeforeValidator(_entry)], ...] | None = Field(None, min_length=1)
+    slices: tuple[SliceSection, ...] | None = Field(None, min_length=1)
+    input_model_parameters: Annotated[dict[str, Settings], BeforeValidator(_or_empty)] = Field(default_factory=dict)
+    base_model: Reference | None = None
+    parameters: Settings = Field(default_factory=dict)
+    dtype: Dtype = None
+    out_dtype: Dtype = None
+    accumulate: Annotated[str, BeforeValidator(_accumulate)] = "float32"
+    seed: Annotated[int, BeforeValidator(_seed)] = 0
+    name: Annotated[str | None, BeforeValidator(_merge_name)] = None
+    tokenizer: TokenizerSection | None = None
+    tokenizer_source: Text = None
+    chat_template: Text = None
+    heads: Patterns = ()
+    take: Annotated[dict[str, Reference], BeforeValidator(_or_empty)] = Field(default_factory=dict)
+    drop: Patterns = ()
+
+
+_SECTIONS: dict[tuple[str, ...], type[_Section]] = {
+    (): RecipeSection,
+    ("models",): ModelSection,
+    ("slices",): SliceSection,
+    ("slices", "sources"): SourceSection,
+    ("tokenizer",): TokenizerSection,
+    ("tokenizer", "tokens"): TokenSection,
+    ("tokenizer", "tokens", "source"): TokenSourceSection,
+}
+_EXPECTED = {
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "literal_error": "`zero` or `model_token`",
+}
+
+
+def check_shape(document: Mapping[str, Any], place: Place) -> tuple[RecipeSection | None, list[RecipeError]]:
+    """The document in its sections, or everything that is wrong with its shape."""
+    try:
+        # Unset optional keys (`dtype:` with nothing after it) are as good as absent.
+        section = RecipeSection.model_validate({key: value for key, value in document.items() if value is not None})
+    except ValidationError as error:
+        # A list whose items are all wrong is also reported as too short.
+        found = [details for details in error.errors() if details["type"] != "too_short" or not details["input"]]
+        return None, [_problem(details, place) for details in found]
+    return section, _contradictions(section, place)
+
+
+def _problem(details: ErrorDetails, place: Place) -> RecipeError:
+    steps = details["loc"]
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        key = str(steps[-1])
+        fields = _fields(steps[:-1])
+        return place.at(*steps).problem(f"there is no key `{key}`", suggestion(key, fields))
+    if kind == "missing":
+        return place.at(*steps[:-1]).problem(f"the key `{steps[-1]}` is missing")
+    if kind == "too_short":
+        return place.at(*steps).problem("the list is empty")
+    if kind == "value_error" and isinstance(refusal := details.get("ctx", {}).get("error"), _RefusedError):
+        return place.at(*steps).problem(refusal.cause, refusal.fix)
+    if kind in _EXPECTED:
+        return place.at(*steps).problem(f"{shown(value)} is not {_EXPECTED[kind]}")
+    return place.at(*steps).problem(f"{shown(value)} is not valid: {details['msg'].lower()}")
+
+
+def _fields(steps: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at these steps; names of tokens are not steps of `_SECTIONS`."""
+    keys = tuple(step for step in steps if isinstance(step, str))
+    if keys[:2] == ("tokenizer", "tokens"):
+        keys = (*keys[:2], *keys[3:])
+    return sorted(_SECTIONS[keys].model_fields)
+
+
+def _contradictions(section: RecipeSection, place: Place) -> list[RecipeError]:
+    found: list[RecipeError] = []
+    if section.models is None and section.slices is None:
+        found.append(place.problem("there are no models", "Add `models:` with a list of them, or `slices:`"))
+    if section.models is not None and section.slices is not None:
+        fix = "Keep `slices`; parameters of one model go under `input_model_parameters`"
+        found.append(place.at("models").problem("`models` and `slices` exclude each other", fix))
+    if section.tokenizer is not None and section.tokenizer_source is not None:
+        fix = "Write `source` under `tokenizer`"
+        found.append(place.at("tokenizer_source").problem("`tokenizer` is given too", fix))
+    return found + _unequal_slices(section, place)
+
+
+def _unequal_slices(section: RecipeSection, place: Place) -> list[RecipeError]:
+    found: list[RecipeError] = []
+    for index, piece in enumerate(section.slices or ()):
+        lengths = [source.layer_range[1] - source.layer_range[0] for source in piece.sources]
+        if len(set(lengths)) > 1:
+            cause = f"the sources have {', '.join(map(str, lengths))} layers; they must have equally many"
+            found.append(place.at(*("slices", index, "sources")).problem(cause))
+    return found

@@ -1,0 +1,1 @@
+"""What was done, for people (model card) and for programs (manifest)."""

@@ -1,0 +1,9 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub: tests never reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

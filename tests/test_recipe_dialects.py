@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from weldment.errors import RecipeError
+from weldment.recipe import load_recipes
+from weldment.recipe.dialects import refuse_foreign
+from weldment.recipe.words import Place
+
+DRM = {
+    "models": [{"model": "a", "parameters": {"coefficient": 1.0}}],
+    "base_model": "base",
+    "merging_config": {"direction": "vertical"},
+    "save_path": "out",
+}
+PEFT = {"adapters": ["a", "b"], "weights": [1.0, 0.5], "combination_type": "ties"}
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (DRM, "`merging_config` and `save_path`: this is a DRM configuration"),
+        (PEFT, "`adapters` and `combination_type`: this is a PEFT adapter combination"),
+        ({"base_model": "a", "gate_mode": "hidden", "experts": []}, "this is a mixture-of-experts configuration"),
+        ({"merge_method": "linear", "modules": {}}, "this is a multi-module configuration"),
+    ],
+)
+def test_foreign_recipes_are_refused_by_name_and_once(document: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipes(document)
+    assert words in str(caught.value)
+    assert "problems" not in str(caught.value)
+
+
+def test_native_recipes_pass() -> None:
+    refuse_foreign({"models": [], "merge_method": "linear", "parameters": {}}, Place("recipe"))
