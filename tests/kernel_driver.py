@@ -1,17 +1,56 @@
-"""Runs one kernel on tensors in memory, naively: statistics by sorting, blocks cut at any place."""
+"""Runs one kernel on tensors in memory, naively: statistics by sorting, blocks cut at any place.
+
+Also what tests of kernels share: inputs of awkward shapes, the float64 reference, the goldens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from reference import REFERENCE
 from weldment.methods.arguments import settle
 from weldment.methods.block import CHUNK, Block, OrderStatistic, Total
 from weldment.methods.masks import tensor_key
 from weldment.methods.method import Method
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+SHAPES = ((7, 5), (40, 33), (1, 8), (8, 1), (1,), (), (3, 4, 5), (70000,))
+
+
+def random_models(shape: tuple[int, ...], count: int, *, scale: float = 1.0, noise: float = 1.0) -> list[Tensor]:
+    """A base and `count` models around it, in float32; the same for the same arguments."""
+    draw = torch.Generator().manual_seed(len(shape) + count)
+    base = torch.randn(shape, generator=draw)
+    return [base * scale, *((base + noise * torch.randn(shape, generator=draw)) * scale for _ in range(count))]
+
+
+def reference(method: Method, models: Sequence[Tensor], base: Tensor | None, **parameters: Any) -> Tensor:
+    """The float64 reference, with the parameters that `run_kernel` takes."""
+    arguments = settle(method, parameters, len(models))
+    wide = [model.double().numpy() for model in models]
+    merged = REFERENCE[method.name](wide, None if base is None else base.double().numpy(), **arguments)
+    return torch.from_numpy(np.asarray(merged))
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Largest error relative to the largest element."""
+    size = float(expected.abs().max())
+    return float((found.double() - expected.double()).abs().max()) / (size if size > 0.0 else 1.0)
+
+
+def golden(*names: str) -> list[Mapping[str, Tensor]]:
+    """Models of the golden folder; skips the test where there is none."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the reference outputs are not on this machine")
+    return [load_file(GOLDEN / name / "model.safetensors") for name in names]
 
 
 def run_kernel(

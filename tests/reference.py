@@ -3,8 +3,8 @@
 `REFERENCE[name](models, base, **parameters)` takes the models as arrays of one shape. Where a
 method counts its base among the models (`base_is_model`), `models` is `[base, other]` and `base`
 is None. Per-model parameters are sequences. Random methods take the masks they drew: `keep`, one
-array of 0 and 1 for each model. For statistics over a whole model (`trim: global`) pass the
-concatenated, flattened model.
+array of 0 and 1 for each model. Statistics are taken over the arrays given: for those of a whole
+model (`trim: global`) pass the concatenated, flattened model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Models = Sequence[Array]
 Floats = Sequence[float]
 
 COLINEAR = 0.9995
+CANCELLED = 1e-7
 
 
 def _wide(models: Models) -> list[Array]:
@@ -120,7 +121,7 @@ def multislerp(
     units, lengths = _units(points)
     mean = _sum(units, list(shares))
     size = math.sqrt(_dot(mean, mean))
-    if size <= eps:
+    if size <= max(eps, CANCELLED):
         return origin + _sum(points, list(shares))
     return origin + mean / size * float(shares @ np.array(lengths))
 
@@ -133,7 +134,7 @@ def karcher(models: Models, base: Array | None = None, *, max_iter: int = 10, to
         return np.zeros_like(points[0])
     mean = np.mean(units, axis=0)
     size = math.sqrt(_dot(mean, mean))
-    mean = mean / size if size > 1e-8 else units[0]
+    mean = mean / size if size > CANCELLED else units[0]
     for _ in range(max_iter):
         step = np.zeros_like(mean)
         for unit in units:
@@ -205,9 +206,11 @@ def ties(
     density: Floats,
     normalize: bool = True,
     lambda_: float = 1.0,
+    trim: str = "tensor",
     elect: str = "mass",
     sign_ties: str = "positive",
 ) -> Array:
+    assert trim in ("tensor", "global")
     trimmed = [_trim_top(tau, d) for tau, d in zip(_taus(models, base), density, strict=True)]
     return _consensus(trimmed, base, weight, normalize, lambda_, elect, sign_ties)
 
@@ -425,8 +428,17 @@ def _unit_range(x: Array, low: float, high: float) -> Array:
     return np.full(x.shape, 1.0 if high > 0.0 else 0.0)
 
 
-def pcb(models: Models, base: Array | None, *, weight: Floats, density: float = 0.1, lambda_: float = 1.0) -> Array:
+def pcb(
+    models: Models,
+    base: Array | None,
+    *,
+    weight: Floats,
+    density: float = 0.1,
+    lambda_: float = 1.0,
+    trim: str = "tensor",
+) -> Array:
     assert base is not None
+    assert trim in ("tensor", "global")
     taus = np.array(_taus(models, base))
     total, n = taus.sum(axis=0), taus[0].size
     merged, share = np.zeros_like(total), np.zeros_like(total)

@@ -112,7 +112,7 @@ def bomb() -> str:
 def test_bombs_are_refused_quickly(text: str, words: str) -> None:
     start = time.process_time()
     assert words in refusal(text)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
 
 
 def test_merge_bomb_is_refused() -> None:

@@ -98,7 +98,9 @@ def merge_tensors(
         arguments = settle(row, parameters, len(dicts))
     except ValueError as error:
         raise UserError(str(error)) from error
-    merged = _run(row, dicts, base_dict, arguments, dtype, seed, block, Machine("cpu", threads or default_threads(), accumulate))
+    merged = _run(
+        row, dicts, base_dict, arguments, dtype, seed, block, Machine("cpu", threads or default_threads(), accumulate)
+    )
     return merged["tensor"] if single else merged
 
 

@@ -84,9 +84,7 @@ class Grid:
         count = min(count, places)
         starts = sorted({(index * places // count) * size for index in range(count)})
         return [
-            Range(start, stop, self._view(start, stop))
-            for start in starts
-            for stop in [min(start + size, self.numel)]
+            Range(start, stop, self._view(start, stop)) for start in starts for stop in [min(start + size, self.numel)]
         ]
 
 

@@ -34,9 +34,7 @@ class Copy:
         return math.prod(self.shape)
 
 
-def copy_stages(
-    copy: Copy, finished: Callable[[Outcome], None], report: Callable[[int], None]
-) -> Stages[Workspace]:
+def copy_stages(copy: Copy, finished: Callable[[Outcome], None], report: Callable[[int], None]) -> Stages[Workspace]:
     """One pass over the tensor; `finished` gets the outcome."""
     checksum = Checksum(copy.numel, copy.dtype)
     spans = Grid(copy.shape, "element").spans()
@@ -57,7 +55,7 @@ def _copy_span(
                 raise PlanError(
                     "the models hold different values of a tensor that cannot be merged",
                     where=copy.name,
-                    fix=f"Take it from one model: `take: {{\"{copy.name}\": MODEL}}`, or leave it out with `drop`",
+                    fix=f'Take it from one model: `take: {{"{copy.name}": MODEL}}`, or leave it out with `drop`',
                 )
         if out.dtype.is_floating_point:
             nonfinite += count_nonfinite(out.float(), out)

@@ -105,7 +105,9 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
 
         kept = set(checksums)
         run.progress.begin(plan.read_bytes, sum(job.read_bytes for job in plan.jobs if _label(job) in kept))
-        run_works(works, run.machine, finished=finished, report=report, pending=lambda work: names[id(work)] not in kept)
+        run_works(
+            works, run.machine, finished=finished, report=report, pending=lambda work: names[id(work)] not in kept
+        )
     _judge(nonfinite, run)
     return checksums
 
@@ -119,7 +121,8 @@ def _judge(nonfinite: Mapping[str, int], run: Execution) -> None:
     cause = f"NaN or infinity in {len(nonfinite)} tensors of the result (elements): {listing}{more}"
     if not run.allow_nonfinite:
         raise NonFiniteError(
-            cause, fix="Look for NaN in the inputs or for weights that are too large; float16 overflows above 65504, bfloat16 does not"
+            cause,
+            fix="Look for NaN in the inputs and for too large weights; float16 overflows above 65504, bfloat16 does not",
         )
     run.progress.message(cause)
 

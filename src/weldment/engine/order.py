@@ -93,9 +93,7 @@ def select(items: Sequence[tuple[W, Grid]], values: Values[W], ranks: Sequence[S
 
 
 def _sorted(items: Sequence[tuple[W, Grid]], values: Values[W], count: int) -> Stage:
-    tasks = [
-        partial(_gather, item, list(grid.blocks((0, grid.numel))), values) for item, grid in items if grid.numel
-    ]
+    tasks = [partial(_gather, item, list(grid.blocks((0, grid.numel))), values) for item, grid in items if grid.numel]
     parts = yield tasks
     return [np.sort(np.concatenate([piece for part in parts for piece in part[n]])) for n in range(count)]
 

@@ -71,5 +71,3 @@ class MemorySource:
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Copy and convert."""
         out.copy_(self.values[start : start + out.numel()])
-
-

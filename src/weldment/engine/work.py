@@ -63,9 +63,7 @@ class Work:
         """Read the same elements of every model."""
         models = [self._read(source, ("model", n), cut, workspace) for n, source in enumerate(self.sources)]
         base = None if self.base is None else self._read(self.base, "base", cut, workspace)
-        return Block(
-            models, base, self.shape, cut.start, statistics=statistics, keys=self.keys, pool=workspace.scratch
-        )
+        return Block(models, base, self.shape, cut.start, statistics=statistics, keys=self.keys, pool=workspace.scratch)
 
     def _read(self, source: Source, name: Any, cut: Range, workspace: Workspace) -> Tensor:
         out = workspace.numbers(name, cut.numel)

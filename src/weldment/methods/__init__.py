@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from weldment.methods.average import AVERAGE
 from weldment.methods.method import Method, Parameter
+from weldment.methods.selection import SELECTION
+from weldment.methods.spherical import SPHERICAL
 from weldment.methods.task_vectors import TASK_VECTORS
 
-METHODS: dict[str, Method] = {method.name: method for method in (*AVERAGE, *TASK_VECTORS)}
+METHODS: dict[str, Method] = {method.name: method for method in (*AVERAGE, *SPHERICAL, *TASK_VECTORS, *SELECTION)}
 
 __all__ = ["METHODS", "Method", "Parameter"]

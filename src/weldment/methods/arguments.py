@@ -18,7 +18,9 @@ def settle(method: Method, values: Mapping[str, Any], models: int) -> dict[str, 
     Raises:
         ValueError: a value is missing or does not fit; the text says which.
     """
-    known = {name: parameter for parameter in method.parameters for name in (parameter.name, *(parameter.aliases or {}))}
+    known = {
+        name: parameter for parameter in method.parameters for name in (parameter.name, *(parameter.aliases or {}))
+    }
     for name in values:
         if name.rstrip("_") not in known:
             raise ValueError(f"{method.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}")

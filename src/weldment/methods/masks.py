@@ -52,41 +52,39 @@ def _places(device: torch.device) -> Tensor:
     return _shift_xor_(x.mul_(_SECOND), 16, work)
 
 
-def _chunk_bits(key: int, chunk: int, out: Tensor, work: Tensor) -> None:
-    """Fill `out` (int32, CHUNK / 2 long) with the hashes of one chunk."""
+def _chunk_bits(key: int, chunk: int, out: Tensor, work: Tensor) -> Tensor:
+    """The hashes of one chunk, in `out` (int32, CHUNK / 2 long)."""
     digest = hashlib.blake2b(struct.pack("<QQ", key, chunk), digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
     torch.add(_places(out.device), first, out=out)
     _shift_xor_(out.mul_(_FIRST), 15, work)
-    _shift_xor_(out.add_(second).mul_(_SECOND), 16, work)
+    return _shift_xor_(out.add_(second).mul_(_SECOND), 16, work)
 
 
-def random_levels(key: int, start: int, like: Tensor) -> Tensor:
-    """Uniform integers in [-32768, 32768), one for each element, in the dtype and shape of `like`.
+def random_levels(key: int, start: int, out: Tensor) -> Tensor:
+    """Uniform integers in [-32768, 32768), one for each element, in `out` (contiguous, any float dtype).
 
     Args:
         key: from `tensor_key`.
         start: index of the block's first element in the flattened tensor.
-        like: gives shape, dtype and device.
     """
-    count = like.numel()
-    first, last = start // CHUNK, (start + count + CHUNK - 1) // CHUNK
-    bits = torch.empty(max(last - first, 0) * (CHUNK // 2), dtype=torch.int32, device=like.device)
-    work = torch.empty(CHUNK // 2, dtype=torch.int32, device=like.device)
-    for chunk in range(first, last):
-        place = (chunk - first) * (CHUNK // 2)
-        _chunk_bits(key, chunk, bits[place : place + CHUNK // 2], work)
-    skip = start - first * CHUNK
-    return bits.view(torch.int16)[skip : skip + count].to(like.dtype).view_as(like)
+    flat = out.view(-1)
+    bits, work = torch.empty(2, CHUNK // 2, dtype=torch.int32, device=out.device)
+    stop = start + flat.numel()
+    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+        begin, end = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
+        levels = _chunk_bits(key, chunk, bits, work).view(torch.int16)
+        flat[begin - start : end - start] = levels[begin - chunk * CHUNK : end - chunk * CHUNK]
+    return out
 
 
-def keep_mask(key: int, start: int, probability: float | Tensor, like: Tensor) -> Tensor:
-    """1 with the given probability, else 0, for each element of the block.
+def keep_mask(key: int, start: int, probability: float | Tensor, out: Tensor) -> Tensor:
+    """1 with the given probability, else 0, for each element of the block, in `out`.
 
-    `probability` is a multiple of 1/65536 (see `quantised`), one for all elements or one each;
-    element e is kept if its level lies below probability * 65536 - 32768.
+    `probability` is a multiple of 1/65536 (see `quantised`), one for all elements or one each. The
+    element is kept if its level is among the probability * 65536 highest.
     """
-    levels = random_levels(key, start, like)
+    levels = random_levels(key, start, out)
     if isinstance(probability, Tensor):
-        return levels.neg_().add_(probability * LEVELS).sub_(_HALF).clamp_(0.0, 1.0)
-    return levels.neg_().add_(round(probability * LEVELS) - _HALF).clamp_(0.0, 1.0)
+        return levels.add_(probability * LEVELS).sub_(_HALF - 1).clamp_(0.0, 1.0)
+    return levels.sub_(_HALF - 1 - round(probability * LEVELS)).clamp_(0.0, 1.0)

@@ -37,24 +37,29 @@ def pcb_bounds(numel: int, *, weight: Sequence[float], **_: object) -> list[list
 
 
 def _competition(block: Block) -> tuple[list[Tensor], list[Tensor]]:
-    """The clamped tau_i and their scores, in float64."""
+    """The clamped tau_i, in float64, and the roots sign(s_i) sqrt |s_i| of their scores, in the models' dtype.
+
+    Whoever asks for the score gets the square of this rounded root, so that all agree on which
+    scores lie below a threshold.
+    """
     taus = [tau.double() for tau in block.task_vectors()]
     total = sum_into(torch.empty_like(taus[0]), taus)
-    scores: list[Tensor] = []
+    roots: list[Tensor] = []
     for tau, (low, high) in zip(taus, block.statistics["bounds"], strict=True):
         inter = (tau * total).tanh_()
         size = tau.abs().clamp_(low, high)
         tau.sign_().mul_(size)
         intra = size.sub_(low).div_(high - low).square_() if high > low else size.zero_()
         # exp(T (intra - 1)) instead of exp(T intra): the range of the scores is normalised anyway.
-        scores.append(intra.sub_(1.0).mul_(len(taus)).exp_().mul_(inter))
-    return taus, scores
+        score = intra.sub_(1.0).mul_(len(taus)).exp_().mul_(inter)
+        roots.append(block.scratch().copy_(inter.sign_().mul_(score.abs_().sqrt_())))
+    return taus, roots
 
 
 def score_parts(block: Block, **_: object) -> list[Tensor]:
-    """2T series: for each model the square roots of the positive and of the negative parts of its scores."""
-    scores = _competition(block)[1]
-    return [block.scratch().copy_((score * sign).clamp_(min=0.0).sqrt_()) for score in scores for sign in (1.0, -1.0)]
+    """2T series: for each model the positive and the negative parts of the roots of its scores."""
+    roots = _competition(block)[1]
+    return [block.scratch().copy_(root).mul_(sign).clamp_(min=0.0) for root in roots for sign in (1.0, -1.0)]
 
 
 def score_ranks(numel: int, *, weight: Sequence[float], density: float, **_: object) -> list[list[int | None]]:
@@ -88,15 +93,17 @@ def pcb(block: Block, *, weight: Sequence[float], lambda_: float, **_: object) -
 
     Source: Du et al. 2024, Parameter Competition Balancing for Model Merging.
     """
-    taus, scores = _competition(block)
+    taus, roots = _competition(block)
     parts = block.statistics["scores"]
-    share = torch.zeros_like(scores[0])
-    for tau, score, w, positive, negative in zip(taus, scores, weight, parts[::2], parts[1::2], strict=True):
+    share = torch.zeros_like(taus[0])
+    for tau, root, w, positive, negative in zip(taus, roots, weight, parts[::2], parts[1::2], strict=True):
         low, high = (_score(*pair) for pair in zip(positive, negative, strict=True))
+        wide = root.double()
+        score = wide * wide.abs()
         score.clamp_(low, high).sub_(low).div_(high - low) if high > low else score.fill_(float(high > 0.0))
         share.add_(score)
         tau.mul_(score.mul_(w))
-    merged = sum_into(scores[0], taus).div_(share.clamp_(min=1e-12))
+    merged = sum_into(torch.empty_like(share), taus).div_(share.clamp_(min=1e-12))
     return onto_base(block, block.scratch().copy_(merged), lambda_)
 
 

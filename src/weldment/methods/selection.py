@@ -17,15 +17,17 @@ from torch import Tensor
 
 from weldment.methods.average import weighted_sum
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total, Unit
+from weldment.methods.consensus import disjoint_mean, elected_signs
 from weldment.methods.method import Method, Parameter
 from weldment.methods.pcb import PCB, onto_base, sum_into
 from weldment.methods.spherical import cosines, gram, settled
-from weldment.methods.task_vectors import LAMBDA, disjoint_mean, elected_signs, keep_above
+from weldment.methods.task_vectors import LAMBDA
+from weldment.methods.trimming import keep_above
 
 
 def spread(block: Block, **_: object) -> list[Tensor]:
     """One series: the standard deviation of the task vectors over the models."""
-    wide = [tau.double() for tau in block.task_vectors()]
+    wide = [tau.to(torch.float64, copy=True) for tau in block.task_vectors()]
     mean = sum_into(torch.empty_like(wide[0]), wide).div_(len(wide))
     deviations = [tau.sub_(mean).square_() for tau in wide]
     return [block.scratch().copy_(sum_into(mean, deviations).div_(len(wide)).sqrt_())]
@@ -228,7 +230,7 @@ def row_divergence(base: Tensor, other: Tensor) -> Tensor:
 
 def importance(block: Block, **_: object) -> list[Tensor]:
     """One series: the fourth root of |theta_1 - theta_0| * KL of the row (which scales as a cube)."""
-    base, other = (model.double() for model in block.models)
+    base, other = (model.to(torch.float64, copy=True) for model in block.models)
     divergence = row_divergence(base, other).sqrt_().sqrt_()
     return [block.scratch().copy_(other.sub_(base).abs_().sqrt_().sqrt_().mul_(divergence))]
 

@@ -29,6 +29,9 @@ COLINEAR = 0.9995
 INDISTINCT = 1.0 - 1e-12
 """Above this |cos| no angle can be told from 0 or pi: every method interpolates linearly."""
 
+CANCELLED = 1e-7
+"""A mean of unit vectors up to this length is rounding noise (its square is known to about 1e-16)."""
+
 _SETTLED_BITS = 40
 
 
@@ -108,14 +111,14 @@ def slerp_coefficients(products: Tensor, *, t: float, colinear: float) -> Tensor
 def multislerp_coefficients(products: Tensor, *, weight: Sequence[float], eps: float) -> Tensor:
     """The coefficients of |m|^-1 m sum_i w_i |x_i|, where m = sum_i w_i x_i / |x_i|.
 
-    If the unit vectors cancel, |m| <= `eps`, the mean has no direction; the weighted sum
-    sum_i w_i x_i is taken then.
+    If the unit vectors cancel, |m| <= `eps` or `CANCELLED`, the mean has no direction; the
+    weighted sum sum_i w_i x_i is taken then.
     """
     shares = torch.tensor(weight, dtype=torch.float64)
     length = lengths(products)
     direction = torch.where(length > 0.0, shares / torch.where(length > 0.0, length, 1.0), 0.0)
     size = (direction @ products @ direction).clamp(min=0.0).sqrt()
-    return direction * (shares @ length / size) if size > eps else shares
+    return direction * (shares @ length / size) if size > max(eps, CANCELLED) else shares
 
 
 def karcher_coefficients(products: Tensor, *, max_iter: int, tol: float) -> Tensor:
@@ -144,7 +147,7 @@ def karcher_coefficients(products: Tensor, *, max_iter: int, tol: float) -> Tens
 
 def _unit(coefficients: Tensor, inner: Tensor) -> Tensor | None:
     size = float((coefficients @ inner @ coefficients).clamp(min=0.0).sqrt())
-    return coefficients / size if size > 1e-8 else None
+    return coefficients / size if size > CANCELLED else None
 
 
 def _tangent(mean: Tensor, inner: Tensor, share: Tensor) -> Tensor:

@@ -15,120 +15,17 @@ One pipeline, *trim -> elect -> combine*. The methods differ in its parts:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from weldment.methods.average import weighted_sum
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total
-from weldment.methods.masks import LEVELS, keep_mask, quantised
+from weldment.methods.consensus import check_sum, combined, elected_signs
+from weldment.methods.masks import keep_mask, quantised
 from weldment.methods.method import Method, Parameter
-
-
-def kept_count(density: float, numel: int) -> int:
-    """floor(density * n), but at least one element."""
-    return max(1, int(density * numel))
-
-
-def keep_above(tau: Tensor, threshold: float | None) -> Tensor:
-    """Zero the elements with |tau| < threshold, in place (all elements at the threshold stay)."""
-    if threshold is None or threshold <= 0.0:
-        return tau
-    below = math.nextafter(float(threshold), 0.0) if tau.dtype == torch.float64 else _below32(threshold)
-    return torch.hardshrink(tau, below, out=tau)
-
-
-def _below32(value: float) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(0.0)))
-
-
-def drop_above(tau: Tensor, threshold: float | None, work: Tensor) -> Tensor:
-    """Zero the elements with |tau| >= threshold, in place."""
-    if threshold is None:
-        return tau
-    if threshold <= 0.0:
-        return tau.zero_()
-    work.copy_(tau)
-    return tau.sub_(keep_above(work, threshold))
-
-
-def elected_signs(block: Block, votes: Sequence[Tensor], elect: str, zero_sign: float = 1.0) -> Tensor:
-    """The sign, +1 or -1, of the sum of the votes (`mass`) or of the sum of their signs (`count`).
-
-    A sum of exactly zero elects `zero_sign`.
-    """
-    total = block.scratch()
-    if elect == "mass":
-        total.copy_(votes[0])
-        for vote in votes[1:]:
-            total.add_(vote)
-    else:
-        sign = block.scratch()
-        torch.sign(votes[0], out=total)
-        for vote in votes[1:]:
-            total.add_(torch.sign(vote, out=sign))
-    # x + 0 turns -0 into +0, so that copysign sees a zero as positive; sign * 2 + zero_sign never is 0.
-    return torch.sign(torch.sign(total, out=total).mul_(2.0).add_(zero_sign), out=total)
-
-
-def disjoint_mean(
-    block: Block, weighted: Sequence[Tensor], weight: Sequence[float], signs: Tensor, normalize: bool
-) -> Tensor:
-    """Sum of the w_i tau_i that have the elected sign, divided by the sum of their w_i if `normalize`.
-
-    Overwrites `weighted`. Elements on which no model agrees are 0.
-    """
-    total, share = block.scratch().zero_(), block.scratch().zero_()
-    for part, w in zip(weighted, weight, strict=True):
-        total.add_(part.mul_(signs).relu_())
-        if normalize and w != 0.0:
-            share.add_(part.sign_() if w == 1.0 else part.sign_().mul_(w))
-    if normalize:
-        total.div_(_nonzero_(share, part, all_positive=min(weight) >= 0.0))
-    return total.mul_(signs)
-
-
-def _nonzero_(share: Tensor, work: Tensor, *, all_positive: bool) -> Tensor:
-    """Replace zeros by one (with non-negative weights: by the smallest normal number, which is quicker)."""
-    if all_positive:
-        return share.clamp_(min=torch.finfo(share.dtype).tiny)
-    torch.sign(share, out=work)
-    return share.add_(work.abs_().neg_().add_(1.0))
-
-
-def combined(
-    block: Block,
-    trimmed: list[Tensor],
-    *,
-    weight: Sequence[float],
-    normalize: bool,
-    lambda_: float,
-    elect: str = "none",
-    zero_sign: float = 1.0,
-) -> Tensor:
-    """theta_0 + lambda * (sum or disjoint mean of the w_i tau_i); overwrites `trimmed`."""
-    assert block.base is not None
-    if elect == "none":
-        scale = lambda_ / sum(weight) if normalize else lambda_
-        merged = weighted_sum(trimmed, weight)
-    else:
-        scale = lambda_
-        for tau, w in zip(trimmed, weight, strict=True):
-            if w != 1.0:
-                tau.mul_(w)
-        signs = elected_signs(block, trimmed, elect, zero_sign)
-        merged = disjoint_mean(block, trimmed, weight, signs, normalize)
-    return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
-
-
-def check_sum(*, weight: Sequence[float], normalize: bool, **_: object) -> None:
-    """Weights that sum to zero cannot be normalised."""
-    if normalize and abs(sum(weight)) < 1e-12:
-        raise ValueError(f"the weights {list(weight)} sum to zero and cannot be normalised; set normalize: false")
+from weldment.methods.trimming import della_keep, drop_above, keep_above, kept_count
 
 
 def task_arithmetic(block: Block, *, weight: Sequence[float], normalize: bool, lambda_: float) -> Tensor:
@@ -151,9 +48,7 @@ def ties_ranks(numel: int, *, density: Sequence[float], trim: str, **_: object) 
     """The rank of the smallest magnitude that is kept, for every model."""
     # The official code, which trims globally, keeps the element at its threshold as well.
     more = 1 if trim == "global" else 0
-    return [
-        [None if d >= 1.0 or numel == 0 else max(0, numel - kept_count(d, numel) - more)] for d in density
-    ]
+    return [[None if d >= 1.0 or numel == 0 else max(0, numel - kept_count(d, numel) - more)] for d in density]
 
 
 def _ties_trimmed(block: Block) -> list[Tensor]:
@@ -191,9 +86,9 @@ def ties(
 
     Each tau_i keeps the floor(density_i * n) elements of largest magnitude (and all others that
     are equal to the smallest of them), n counted over the tensor or, with `trim: global`, over
-    the model (then one more element is kept, as the authors' code does). The sign of an element is that of sum_i w_i tau_i (`elect: mass`) or of
-    sum_i sign(w_i tau_i) (`count`); zero elects + or, with `sign_ties: majority`, the sign that
-    most elements of the model have. The merged tau is the sum of the w_i tau_i of that sign,
+    the model (then one more element is kept, as the authors' code does). The sign of an element
+    is that of sum_i w_i tau_i (`elect: mass`) or of sum_i sign(w_i tau_i) (`count`); zero elects +
+    or, with `sign_ties: majority`, the sign that most elements of the model have. The merged tau is the sum of the w_i tau_i of that sign,
     divided by the sum of their w_i if `normalize`.
 
     Source: Yadav et al. 2023, TIES-Merging; the authors' code is `trim: global`,
@@ -224,9 +119,10 @@ def _rescaling(rescale: str, norms: Any, model: int) -> float | None:
 
 
 def _drop_at_random(block: Block, deltas: Sequence[Tensor], density: Sequence[float]) -> None:
+    mask = block.scratch()
     for tau, d, key in zip(deltas, density, block.keys, strict=True):
         if d < 1.0:
-            tau.mul_(keep_mask(key, block.start, quantised(d), tau))
+            tau.mul_(keep_mask(key, block.start, quantised(d), mask))
 
 
 def _dare_trimmed(block: Block, density: Sequence[float], rescale: str) -> list[Tensor]:
@@ -291,52 +187,14 @@ def dare_ties(
     return combined(block, trimmed, weight=weight, normalize=normalize, lambda_=lambda_, elect=elect)
 
 
-def row_ranks(tau: Tensor) -> Tensor:
-    """Rank of |tau| within its row, ascending, 0 .. n - 1; equal magnitudes rank by position.
-
-    Args:
-        tau: (rows, n) of float32 or float64.
-    """
-    columns = tau.shape[1]
-    if tau.dtype == torch.float32 and tau.device.type == "cpu":
-        # |tau| as an integer keeps its order; the column in the low half makes every key distinct
-        # and is what the sorted keys give back.
-        bits = tau.numpy().view(np.uint32) & np.uint32(0x7FFFFFFF)
-        keys = bits.astype(np.int64)
-        keys <<= 32
-        keys |= np.arange(columns, dtype=np.int64)
-        keys.sort(axis=1)
-        order = keys.view(np.int32)[:, ::2] if np.little_endian else keys.astype(np.int32)
-        ranks = np.empty(tau.shape, dtype=np.float32)
-        place = np.arange(columns, dtype=np.float32)
-        for row in range(tau.shape[0]):
-            ranks[row, order[row]] = place
-        return torch.from_numpy(ranks)
-    order = tau.abs().argsort(dim=1, stable=True)
-    ranks = torch.empty_like(tau)
-    places = torch.arange(columns, dtype=tau.dtype, device=tau.device).expand_as(tau)
-    return ranks.scatter_(1, order, places)
-
-
-def della_keep(tau: Tensor, density: float, epsilon: float) -> Tensor:
-    """Keep probabilities, multiples of 1/65536: density - epsilon + 2 epsilon r / (n - 1).
-
-    r is the rank of |tau| in its row. A row of one element keeps with `density`.
-    """
-    columns = tau.shape[1]
-    if columns < 2:
-        return torch.full_like(tau, quantised(density))
-    keep = row_ranks(tau).mul_(2.0 * epsilon / (columns - 1)).add_(density - epsilon)
-    return keep.mul_(LEVELS).round_().clamp_(1.0, LEVELS).div_(LEVELS)
-
-
 def _della_trimmed(block: Block, density: Sequence[float], epsilon: Sequence[float], rescale: str) -> list[Tensor]:
     trimmed = block.task_vectors()
+    keep, mask = block.scratch(), block.scratch()
     for tau, d, e, key in zip(trimmed, density, epsilon, block.keys, strict=True):
         if e == 0.0 and d >= 1.0:
             continue
-        keep = della_keep(tau, d, e)
-        tau.mul_(keep_mask(key, block.start, keep, tau))
+        della_keep(tau, d, e, keep)
+        tau.mul_(keep_mask(key, block.start, keep, mask))
         if rescale == "true":
             tau.div_(keep)
     return trimmed

@@ -9,7 +9,7 @@ from typing import Any
 from weldment.errors import RecipeError
 from weldment.methods import METHODS, Parameter
 from weldment.recipe.dialects import refuse_foreign
-from weldment.recipe.inputs import experts_of, misfits, slice_experts
+from weldment.recipe.inputs import IMPLIED, experts_of, misfits, slice_experts
 from weldment.recipe.parameters import is_conditional
 from weldment.recipe.recipe import ModelInput, Recipe, Settings, Slice, SliceSource
 from weldment.recipe.schema import RecipeSection, check_shape
@@ -94,10 +94,10 @@ class _Builder:
     def _with_base(self, sources: Sequence[SliceSource]) -> Sequence[SliceSource]:
         """The sources, and the base before them where it is one of the merged models but is not listed."""
         base = self.section.base_model
-        is_implied = METHODS[self.section.merge_method].base_is_model and len(sources) == 1
-        if base is None or not is_implied or sources[0].model == base:
+        is_merged = METHODS[self.section.merge_method].base_is_model
+        if base is None or not is_merged or any(source.model == base for source in sources):
             return sources
-        return [SliceSource(base, sources[0].layer_range, where="base_model"), *sources]
+        return [SliceSource(base, sources[0].layer_range, where=IMPLIED), *sources]
 
 
 def _over(own: Settings, shared: Settings) -> dict[str, Any]:

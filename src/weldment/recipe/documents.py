@@ -19,7 +19,7 @@ from weldment.errors import RecipeError
 from weldment.recipe.words import Place, shown
 
 MAX_BYTES = 1_000_000
-MAX_NODES = 50_000
+MAX_NODES = 30_000
 MAX_DEPTH = 50
 MAX_DOCUMENTS = 1_000
 _INT_BITS = 63

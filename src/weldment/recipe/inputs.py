@@ -12,6 +12,9 @@ from weldment.recipe.words import Place
 
 Input = TypeVar("Input", ModelInput, SliceSource)
 
+IMPLIED = "base_model"
+"""Where a base is written that is merged but not listed among the models."""
+
 
 def experts_of(recipe: Recipe) -> tuple[ModelInput, ...]:
     """The merged models in merge order.
@@ -24,7 +27,7 @@ def experts_of(recipe: Recipe) -> tuple[ModelInput, ...]:
     if not recipe.slices:
         found = _experts(recipe.models, recipe.base_model, method)
         if method.base_is_model and recipe.base_model and not any(m.model == recipe.base_model for m in found):
-            return (ModelInput(recipe.base_model, where="base_model"), *found)
+            return (ModelInput(recipe.base_model, where=IMPLIED), *found)
         return found
     own = {model.model: model for model in recipe.models}
     names = dict.fromkeys(source.model for piece in recipe.slices for source in slice_experts(recipe, piece))
@@ -79,7 +82,8 @@ def _count(
     left = len(listed) - len(experts)
     besides = " besides the base" if left > 0 else ""
     cause = f"{method.name} merges {amount} {noun}{remark} and here {_are(len(experts))}{besides}"
-    fix = "`base_model` must be one of the two models" if method.base_is_model and len(experts) > len(listed) else None
+    is_extra = any(expert.where == IMPLIED for expert in experts)
+    fix = "`base_model` must be one of the two models" if is_extra else None
     return [place.at(path).problem(cause, fix)]
 
 

@@ -63,9 +63,7 @@ def _whole_number(value: object) -> bool:
 
 def _layer_range(value: object) -> object:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_whole_number, value)):
-        raise _RefusedError(
-            f"{shown(value)} is not a range of layers: two whole numbers [start, end], the end not included"
-        )
+        raise _RefusedError(f"{shown(value)} is not two whole numbers [start, end], the end not included")
     start, end = value
     if start < 0:
         raise _RefusedError(f"{shown(value)} begins before layer 0")

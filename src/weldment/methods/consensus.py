@@ -1,0 +1,88 @@
+"""How task vectors become one: a sum, or the mean of those that agree with an elected sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weldment.methods.average import weighted_sum
+from weldment.methods.block import Block
+
+
+def elected_signs(block: Block, votes: Sequence[Tensor], elect: str, zero_sign: float = 1.0) -> Tensor:
+    """The sign, +1 or -1, of the sum of the votes (`mass`) or of the sum of their signs (`count`).
+
+    A sum of exactly zero elects `zero_sign`.
+    """
+    total = block.scratch()
+    if elect == "mass":
+        total.copy_(votes[0])
+        for vote in votes[1:]:
+            total.add_(vote)
+    else:
+        sign = block.scratch()
+        torch.sign(votes[0], out=total)
+        for vote in votes[1:]:
+            total.add_(torch.sign(vote, out=sign))
+    if zero_sign == 1.0:
+        # A sum that is exactly zero is +0 (a -0 comes of votes that are all zero, which no sign changes).
+        return torch.copysign(block.scratch().fill_(1.0), total, out=total)
+    return torch.sign(total.sign_().mul_(2.0).add_(zero_sign), out=total)
+
+
+def disjoint_mean(
+    block: Block, weighted: Sequence[Tensor], weight: Sequence[float], signs: Tensor, normalize: bool
+) -> Tensor:
+    """Sum of the w_i tau_i that have the elected sign, divided by the sum of their w_i if `normalize`.
+
+    Overwrites `weighted`. Elements on which no model agrees are 0.
+    """
+    total, share = block.scratch().zero_(), block.scratch().zero_()
+    for part, w in zip(weighted, weight, strict=True):
+        total.add_(part.mul_(signs).relu_())
+        if normalize and w != 0.0:
+            share.add_(part.sign_() if w == 1.0 else part.sign_().mul_(w))
+    if normalize:
+        total.div_(_nonzero_(share, part, all_positive=min(weight) >= 0.0))
+    return total.mul_(signs)
+
+
+def _nonzero_(share: Tensor, work: Tensor, *, all_positive: bool) -> Tensor:
+    """Replace zeros by one (with non-negative weights: by the smallest normal number, which is quicker)."""
+    if all_positive:
+        return share.clamp_(min=torch.finfo(share.dtype).tiny)
+    torch.sign(share, out=work)
+    return share.add_(work.abs_().neg_().add_(1.0))
+
+
+def combined(
+    block: Block,
+    trimmed: list[Tensor],
+    *,
+    weight: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    elect: str = "none",
+    zero_sign: float = 1.0,
+) -> Tensor:
+    """theta_0 + lambda * (sum or disjoint mean of the w_i tau_i); overwrites `trimmed`."""
+    assert block.base is not None
+    if elect == "none":
+        scale = lambda_ / sum(weight) if normalize else lambda_
+        merged = weighted_sum(trimmed, weight)
+    else:
+        scale = lambda_
+        for tau, w in zip(trimmed, weight, strict=True):
+            if w != 1.0:
+                tau.mul_(w)
+        signs = elected_signs(block, trimmed, elect, zero_sign)
+        merged = disjoint_mean(block, trimmed, weight, signs, normalize)
+    return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
+
+
+def check_sum(*, weight: Sequence[float], normalize: bool, **_: object) -> None:
+    """Weights that sum to zero cannot be normalised."""
+    if normalize and abs(sum(weight)) < 1e-12:
+        raise ValueError(f"the weights {list(weight)} sum to zero and cannot be normalised; set normalize: false")
