@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import typer
 import yaml
+from typer.models import ArgumentInfo, OptionInfo
 
 from weldment.cli import app
 from weldment.cli.methods import base, models
@@ -27,13 +28,15 @@ EXPERTS = ("models/chat", "models/code", "models/math")
 def escaped(text: str) -> str:
     """Prose with what Markdown would take for markup escaped, outside of `code`."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<|])", r"\\\1", part) for part in parts)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"((?<! )\*|\*(?! )|<(?=\w))", r"\\\1", part) for part in parts
+    )
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
 
 
 def family_file(family: str) -> str:
@@ -68,9 +71,8 @@ def _sample(parameter: Parameter) -> Any:
         return parameter.choices[0]
     if parameter.kind == "bool":
         return True
-    if parameter.maximum is None:
-        return 0.001
-    return (parameter.maximum + (parameter.minimum or 0.0)) / 2
+    # What is bounded below only is a size, such as the step of nearswap; the rest are shares.
+    return 0.001 if parameter.minimum is not None and parameter.maximum is None else 0.5
 
 
 def _values(parameter: Parameter) -> str:
@@ -99,12 +101,23 @@ def method_section(method: Method) -> list[str]:
         (f"`{p.name}`", "each model" if p.per_model else "the merge", _values(p), _default(p), _meaning(p))
         for p in method.parameters
     ]
-    lines = [f"## {method.name}", "", f"{escaped(method.summary)[0].upper()}{escaped(method.summary)[1:]}.", "", text, ""]
+    lines = [
+        f"## {method.name}",
+        "",
+        f"{escaped(method.summary)[0].upper()}{escaped(method.summary)[1:]}.",
+        "",
+        text,
+        "",
+    ]
     lines += [f"Models: {models(method)}. {base(method)}", ""]
-    lines += [*table(("parameter", "of", "values", "default", "meaning"), rows), ""] if rows else ["It has no parameters.", ""]
+    lines += (
+        [*table(("parameter", "of", "values", "default", "meaning"), rows), ""]
+        if rows
+        else ["It has no parameters.", ""]
+    )
     lines += ["```yaml", example(method), "```", ""]
     if method.paper:
-        lines += [f"Paper: [{method.paper}]({method.url})." if method.url else f"Paper: {method.paper}.", ""]
+        lines += [f"Reference: [{method.paper}]({method.url})." if method.url else f"Reference: {method.paper}.", ""]
     return lines
 
 
@@ -123,7 +136,13 @@ def family_page(family: str, methods: Sequence[Method]) -> str:
 def overview_page() -> str:
     """The list of all methods."""
     rows = [
-        (f"[`{method.name}`]({family_file(family)}#{method.name})", family, escaped(method.summary), models(method), _base(method))
+        (
+            f"[`{method.name}`]({family_file(family)}#{method.name})",
+            family,
+            escaped(method.summary),
+            models(method),
+            _base(method),
+        )
         for family, methods in families().items()
         for method in methods
     ]
@@ -131,7 +150,14 @@ def overview_page() -> str:
         "Notation: theta_0 is the base, theta_i a model, tau_i = theta_i - theta_0 its task vector, w_i its weight.",
         "`weld methods NAME` prints what these pages say.",
     ]
-    lines = [NOTE, "# Methods", "", *map(escaped, intro), "", *table(("method", "family", "what it does", "models", "base"), rows)]
+    lines = [
+        NOTE,
+        "# Methods",
+        "",
+        *map(escaped, intro),
+        "",
+        *table(("method", "family", "what it does", "models", "base"), rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -139,41 +165,82 @@ def _base(method: Method) -> str:
     return "one of the models" if method.base_is_model else method.base
 
 
-def command_section(name: str, command: Any) -> list[str]:
+@dataclass(frozen=True)
+class Option:
+    """One argument or option of a command, from its signature."""
+
+    name: str
+    kind: Any
+    info: ArgumentInfo | OptionInfo
+    default: Any
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether it is given by its place."""
+        return isinstance(self.info, ArgumentInfo)
+
+    @property
+    def spelling(self) -> str:
+        """How it is written."""
+        if self.is_argument:
+            return f"`{self.info.metavar or self.name.upper()}`"
+        # Inside Annotated the first spelling takes the place of the default.
+        written = (self.info.default, *(self.info.param_decls or ()))
+        spellings = [text for text in written if isinstance(text, str)] or [f"--{self.name.replace('_', '-')}"]
+        words = {bool: "", int: " INTEGER", str: " TEXT"}
+        value = f" {self.info.metavar}" if self.info.metavar else words.get(self.kind, " TEXT")
+        return ", ".join(f"`{spelling}{value}`" for spelling in spellings)
+
+    @property
+    def shown_default(self) -> str:
+        """What it is when it is not given, if that says anything."""
+        if isinstance(self.info.show_default, str):
+            return self.info.show_default
+        return (
+            "" if self.default in (None, False, inspect.Parameter.empty) or self.default == [] else f"`{self.default}`"
+        )
+
+
+def options(command: Callable[..., None]) -> list[Option]:
+    """The arguments and options of a command."""
+    hints = get_type_hints(command, include_extras=True)
+    found: list[Option] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind, info = get_args(hints[parameter.name])[:2]
+        plain = next((part for part in get_args(kind) if part is not type(None)), kind)
+        found.append(Option(parameter.name, plain, info, parameter.default))
+    return found
+
+
+def command_section(name: str, command: Callable[..., None]) -> list[str]:
     """The part of `cli.md` about one subcommand."""
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    usage = " ".join(["weld", name, "[OPTIONS]", *(p.metavar or p.name.upper() for p in arguments)])
-    lines = [f"## weld {name}", "", "```text", usage, "```", "", escaped(inspect.cleandoc(command.help or "")), ""]
-    rows = [(f"`{p.metavar or p.name.upper()}`", "", escaped(p.help or "")) for p in arguments]
-    rows += [(_spelling(p), _option_default(p), escaped(p.help or "")) for p in options]
+    found = options(command)
+    usage = " ".join(
+        ["weld", name, "[OPTIONS]", *(option.spelling.strip("`") for option in found if option.is_argument)]
+    )
+    text = escaped(inspect.cleandoc(command.__doc__ or ""))
+    lines = [f"## weld {name}", "", "```text", usage, "```", "", text, ""]
+    rows = [(option.spelling, option.shown_default, escaped(option.info.help or "")) for option in found]
     return [*lines, *table(("option", "default", "meaning"), rows), ""]
-
-
-def _spelling(option: Any) -> str:
-    value = "" if option.is_flag else f" {option.metavar or option.type.name.upper()}"
-    return ", ".join(f"`{spelling}{value}`" for spelling in option.opts)
-
-
-def _option_default(option: Any) -> str:
-    if isinstance(option.show_default, str):
-        return option.show_default
-    return "" if option.is_flag or option.default in (None, [], ()) else f"`{option.default}`"
 
 
 def cli_page() -> str:
     """`docs/cli.md`."""
-    group: Any = typer.main.get_command(app)
-    rows = [(_spelling(option), escaped(option.help or "")) for option in group.params]
+    root, help_text = app.registered_callback, app.info.help
+    rows = [
+        (option.spelling, escaped(option.info.help or ""))
+        for option in (options(root.callback) if root and root.callback else [])
+    ]
     codes = [
         ("0", "done"),
         ("1", "the merge failed while it ran, or `weld verify` found a difference"),
         ("2", "the recipe, the models or the output folder are at fault; nothing was written"),
         ("130", "interrupted; the same command goes on where it was"),
     ]
-    lines = [NOTE, "# Command line", "", escaped(group.help or ""), "", *table(("option", "meaning"), rows), ""]
-    for name, command in group.commands.items():
-        lines += command_section(name, command)
+    lines = [NOTE, "# Command line", "", escaped(str(help_text)), "", *table(("option", "meaning"), rows), ""]
+    for command in app.registered_commands:
+        if command.name and command.callback:
+            lines += command_section(command.name, command.callback)
     lines += ["## Exit codes", "", *table(("code", "meaning"), codes)]
     return "\n".join(lines) + "\n"
 
@@ -181,7 +248,9 @@ def cli_page() -> str:
 def pages() -> dict[Path, str]:
     """All generated pages."""
     found = {DOCS / "cli.md": cli_page(), DOCS / "methods" / "README.md": overview_page()}
-    found |= {DOCS / "methods" / family_file(family): family_page(family, methods) for family, methods in families().items()}
+    found |= {
+        DOCS / "methods" / family_file(family): family_page(family, methods) for family, methods in families().items()
+    }
     return found
 
 

@@ -22,6 +22,7 @@ Floats = Sequence[float]
 
 COLINEAR = 0.9995
 CANCELLED = 1e-7
+INDISTINCT = 1.0 - 1e-12
 
 
 def _wide(models: Models) -> list[Array]:
@@ -92,11 +93,11 @@ def nuslerp(
     origin = 0.0 if base is None else np.asarray(base, dtype=np.float64)
     t = weight[1] / (weight[0] + weight[1])
     if nuslerp_flatten:
-        return origin + _slerp(first, second, t, COLINEAR)
+        return origin + _slerp(first, second, t, INDISTINCT)
     x, y = _rows(first), _rows(second)
     if nuslerp_row_wise and first.ndim > 1:
         x, y = x.T, y.T
-    merged = np.array([_slerp(p, q, t, 1.0 - 1e-12) for p, q in zip(x, y, strict=True)]).reshape(x.shape)
+    merged = np.array([_slerp(p, q, t, INDISTINCT) for p, q in zip(x, y, strict=True)]).reshape(x.shape)
     if nuslerp_row_wise and first.ndim > 1:
         merged = merged.T
     return origin + merged.reshape(first.shape)
@@ -259,12 +260,13 @@ def dare_ties(
 
 
 def della_probabilities(tau: Array, density: float, epsilon: float) -> Array:
-    """Keep probability of every element, by its rank of magnitude in its row."""
+    """Keep probability of every element, by its rank of magnitude in its row, in steps of 1/65536."""
     rows = _rows(tau)
     if rows.shape[1] < 2:
-        return np.full(tau.shape, density)
+        return np.full(tau.shape, np.round(density * 65536) / 65536)
     ranks = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1)
-    return (density - epsilon + 2.0 * epsilon * ranks / (rows.shape[1] - 1)).reshape(tau.shape)
+    keep = density - epsilon + 2.0 * epsilon * ranks / (rows.shape[1] - 1)
+    return (np.round(keep * 65536) / 65536).reshape(tau.shape)
 
 
 def _della(
@@ -310,13 +312,13 @@ def della(
 
 
 def _crumbs(tau: Array, density: float, gamma: float) -> Array:
-    """Drop the floor(gamma * n) largest, keep the floor(density * n) largest of the rest."""
+    """Drop the floor(gamma * n) largest, keep the floor(density * n) largest of the rest; equal ones go together."""
     count = max(1, int(density * tau.size))
     top = min(int(gamma * tau.size), tau.size - count)
-    order = np.argsort(np.abs(tau), axis=None, kind="stable")
-    keep = np.zeros(tau.size)
-    keep[order[tau.size - top - count : tau.size - top]] = 1.0
-    return tau * keep.reshape(tau.shape)
+    ascending = np.sort(np.abs(tau), axis=None)
+    low = ascending[tau.size - top - count]
+    high = ascending[tau.size - top] if top > 0 else np.inf
+    return tau * ((np.abs(tau) >= low) & (np.abs(tau) < high))
 
 
 def breadcrumbs(
@@ -425,7 +427,7 @@ def arcee_fusion(models: Models, base: Array | None = None) -> Array:
 def _unit_range(x: Array, low: float, high: float) -> Array:
     if high > low:
         return (np.clip(x, low, high) - low) / (high - low)
-    return np.full(x.shape, 1.0 if high > 0.0 else 0.0)
+    return ((x >= high) & (x > 0.0)).astype(np.float64)
 
 
 def pcb(

@@ -22,7 +22,7 @@ from training import QUICK, TASKS, Effort, Images, accuracies, load_images, load
 import weldment
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("linear", "task_arithmetic", "ties", "della_linear", "breadcrumbs")
+METHODS = ("linear", "task_arithmetic", "ties", "della_linear", "consensus_ta")
 
 
 def merge_all(console: Console) -> None:
@@ -39,8 +39,12 @@ def measure(images: Images) -> Results:
     """Accuracy of every model in every task, on images that no model was trained on."""
     models, merged = Path("models"), Path("merged")
     experts = {task.name: models / task.name / "model.safetensors" for task in TASKS}
-    rows = [Row("base", "base", accuracies(load_part(models / "base" / "model.safetensors", "backbone"), experts, images))]
-    rows += [Row(name, "expert", accuracies(load_part(file, "backbone"), experts, images)) for name, file in experts.items()]
+    rows = [
+        Row("base", "base", accuracies(load_part(models / "base" / "model.safetensors", "backbone"), experts, images))
+    ]
+    rows += [
+        Row(name, "expert", accuracies(load_part(file, "backbone"), experts, images)) for name, file in experts.items()
+    ]
     for method in METHODS:
         weights = load_part(merged / method / "model.safetensors", "backbone")
         heads = {task.name: merged / method / "heads" / f"{task.name}.safetensors" for task in TASKS}
@@ -59,7 +63,10 @@ def table(results: Results) -> Table:
         if row.kind != kind:
             shown.add_section()
             kind = row.kind
-        cells = [f"[bold]{100 * value:.1f}[/]" if name == row.name else f"{100 * value:.1f}" for name, value in row.accuracy.items()]
+        cells = [
+            f"[bold]{100 * value:.1f}[/]" if name == row.name else f"{100 * value:.1f}"
+            for name, value in row.accuracy.items()
+        ]
         mean = f"{100 * row.mean:.1f}"
         label = f"expert in {row.name}" if row.kind == "expert" else row.name
         shown.add_row(label, *cells, f"[bold green]{mean}[/]" if row is results.best_merge else mean)
@@ -84,7 +91,9 @@ def run(out: Path, effort: Effort, console: Console) -> None:
     console.print(table(results))
     Path("results.json").write_text(json.dumps(results.record(), indent=1) + "\n", encoding="utf-8")
     Path("index.html").write_text(page(results, Path("recipes")), encoding="utf-8")
-    console.print(f"page: {out / 'index.html'}   ({time.perf_counter() - started:.0f} s)", highlight=False, soft_wrap=True)
+    console.print(
+        f"page: {out / 'index.html'}   ({time.perf_counter() - started:.0f} s)", highlight=False, soft_wrap=True
+    )
     console.print(f"try:  cd {out.name} && weld plan recipes/ties.yml", highlight=False, soft_wrap=True)
 
 
@@ -92,7 +101,9 @@ def main() -> None:
     """Read the options and run."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write into")
-    options.add_argument("--quick", action="store_true", help="train less: seconds instead of a minute, lower accuracies")
+    options.add_argument(
+        "--quick", action="store_true", help="train less: seconds instead of a minute, lower accuracies"
+    )
     chosen = options.parse_args()
     run(chosen.out.absolute(), QUICK if chosen.quick else Effort(), Console())
 

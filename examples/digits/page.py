@@ -57,15 +57,23 @@ def _cell(value: float, kind: str) -> str:
 
 
 def _row(row: Row, results: Results, *, first: bool) -> str:
-    labels = {"base": "base", "expert": f'expert <span class="tag">in {escape(row.name)}</span>', "merge": escape(row.name)}
+    labels = {
+        "base": "base",
+        "expert": f'expert <span class="tag">in {escape(row.name)}</span>',
+        "merge": escape(row.name),
+    }
     classes = " ".join(["best"] * (row is results.best_merge) + ["first"] * first)
-    cells = "".join(_cell(value, f"{row.kind} own" if task == row.name else row.kind) for task, value in row.accuracy.items())
+    cells = "".join(
+        _cell(value, f"{row.kind} own" if task == row.name else row.kind) for task, value in row.accuracy.items()
+    )
     return f'<tr class="{classes}"><th>{labels[row.kind]}</th>{cells}{_cell(row.mean, f"{row.kind} mean")}</tr>'
 
 
 def _rows(results: Results) -> str:
     kinds = [None, *(row.kind for row in results.rows)]
-    return "\n".join(_row(row, results, first=row.kind != before) for row, before in zip(results.rows, kinds, strict=False))
+    return "\n".join(
+        _row(row, results, first=row.kind != before) for row, before in zip(results.rows, kinds, strict=False)
+    )
 
 
 def summary(results: Results) -> str:
@@ -87,7 +95,9 @@ def page(results: Results, recipes: Path) -> str:
     Args:
         recipes: the folder of the recipes, which the page shows.
     """
-    heads = "".join(f"<th>{escape(name)}<small>{escape(question)}</small></th>" for name, question in results.tasks.items())
+    heads = "".join(
+        f"<th>{escape(name)}<small>{escape(question)}</small></th>" for name, question in results.tasks.items()
+    )
     merges = [row.name for row in results.rows if row.kind == "merge"]
     shown = "\n".join(
         f"<details><summary>{escape(name)}</summary><pre>{escape((recipes / f'{name}.yml').read_text(encoding='utf-8'))}</pre></details>"

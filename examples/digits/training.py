@@ -79,7 +79,9 @@ def new_backbone() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def minimise(loss: Callable[[Tensor], Tensor], parameters: Iterable[Tensor], images: int, steps: int, rate: float) -> None:
+def minimise(
+    loss: Callable[[Tensor], Tensor], parameters: Iterable[Tensor], images: int, steps: int, rate: float
+) -> None:
     """Adam on random batches; `loss` takes the indices of a batch."""
     optimiser = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=1e-3)
     chance = torch.Generator().manual_seed(1)
@@ -145,7 +147,9 @@ def train_models(folder: Path, images: Images, effort: Effort) -> None:
 
 def load_part(file: Path, part: str) -> dict[str, Tensor]:
     """The tensors of the backbone or the head in a checkpoint, without their prefix."""
-    return {name.removeprefix(f"{part}."): value for name, value in load_file(file).items() if name.startswith(f"{part}.")}
+    return {
+        name.removeprefix(f"{part}."): value for name, value in load_file(file).items() if name.startswith(f"{part}.")
+    }
 
 
 def accuracies(weights: Mapping[str, Tensor], heads: Mapping[str, Path], images: Images) -> dict[str, float]:

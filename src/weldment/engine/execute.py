@@ -122,7 +122,7 @@ def _judge(nonfinite: Mapping[str, int], run: Execution) -> None:
     if not run.allow_nonfinite:
         raise NonFiniteError(
             cause,
-            fix="Look for NaN in the inputs and for too large weights; float16 overflows above 65504, bfloat16 does not",
+            fix="Look for NaN in the inputs and for too large weights; float16 holds nothing above 65504",
         )
     run.progress.message(cause)
 

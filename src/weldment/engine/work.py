@@ -127,7 +127,7 @@ def _piece(block: Block, start: int, stop: int) -> Block:
 
 def _order_stages(works: Sequence[Work], statistic: OrderStatistic, known: Mapping[str, Any]) -> Stages[Workspace]:
     total = sum(work.numel for work in works)
-    ranks = statistic.ranks(total, **works[0].parameters)
+    ranks = statistic.ranks(total, statistics=known, **works[0].parameters)
     if all(rank is None for series in ranks for rank in series):
         return [[None for _ in series] for series in ranks]
     wanted = [n for n, series in enumerate(ranks) if any(rank is not None for rank in series)]

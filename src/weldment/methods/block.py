@@ -80,7 +80,7 @@ class OrderStatistic:
     """Exact order statistics of non-negative numbers, one series per model or a single one.
 
     `of(block, **parameters)` gives the block's numbers, a list of tensors like the models'
-    blocks. `ranks(numel, **parameters)` gives for each series the wanted ranks, 0 for the
+    blocks. `ranks(numel, statistics=..., **parameters)` gives for each series the wanted ranks, 0 for the
     smallest number; a rank of None yields None. `block.statistics[name][series][i]` is the
     i-th wanted number of a series, a float.
     """

@@ -30,6 +30,9 @@ def sum_into(out: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
+_TINY = 5e-324
+
+
 def pcb_bounds(numel: int, *, weight: Sequence[float], **_: object) -> list[list[int | None]]:
     """For each model the ranks to which the 0.01 % smallest and largest magnitudes are clamped."""
     low, high = int(numel * 0.0001), int(numel * 0.9999 - 1)
@@ -87,8 +90,8 @@ def pcb(block: Block, *, weight: Sequence[float], lambda_: float, **_: object) -
     The score of an element in model i is exp(T b_i^2) tanh(tau_i sum_j tau_j): how large it is in
     its own task, b_i = |tau_i| scaled to [0, 1], and how well it goes with the others. The 0.01 %
     smallest and largest |tau_i| are clamped first. Scores below the top `density` fraction of the
-    model drop to 0, the others are scaled to (0, 1]. Scores that are all equal stay if they are
-    positive. `trim: tensor` ranks and scales within each tensor, `global` over the whole model, as
+    model drop to 0, the others are scaled to (0, 1]. A single highest score
+    stays if it is positive. `trim: tensor` ranks and scales within each tensor, `global` over the whole model, as
     the authors' code does.
 
     Source: Du et al. 2024, Parameter Competition Balancing for Model Merging.
@@ -100,7 +103,10 @@ def pcb(block: Block, *, weight: Sequence[float], lambda_: float, **_: object) -
         low, high = (_score(*pair) for pair in zip(positive, negative, strict=True))
         wide = root.double()
         score = wide * wide.abs()
-        score.clamp_(low, high).sub_(low).div_(high - low) if high > low else score.fill_(float(high > 0.0))
+        if high > low:
+            score.clamp_(low, high).sub_(low).div_(high - low)
+        else:
+            score = score.ge(max(high, _TINY)).double()
         share.add_(score)
         tau.mul_(score.mul_(w))
     merged = sum_into(torch.empty_like(share), taus).div_(share.clamp_(min=1e-12))

@@ -85,6 +85,8 @@ def settled(values: Tensor) -> list[float]:
 
 
 def _settled(value: float) -> float:
+    if not math.isfinite(value):
+        return value
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(mantissa, _SETTLED_BITS)), exponent - _SETTLED_BITS)
 

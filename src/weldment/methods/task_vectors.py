@@ -88,7 +88,8 @@ def ties(
     are equal to the smallest of them), n counted over the tensor or, with `trim: global`, over
     the model (then one more element is kept, as the authors' code does). The sign of an element
     is that of sum_i w_i tau_i (`elect: mass`) or of sum_i sign(w_i tau_i) (`count`); zero elects +
-    or, with `sign_ties: majority`, the sign that most elements of the model have. The merged tau is the sum of the w_i tau_i of that sign,
+    or, with `sign_ties: majority`, the sign that most elements of the model have. The merged tau is
+    the sum of the w_i tau_i of that sign,
     divided by the sum of their w_i if `normalize`.
 
     Source: Yadav et al. 2023, TIES-Merging; the authors' code is `trim: global`,
