@@ -65,7 +65,9 @@ def count(name: str) -> int:
     return high or max(3, low)
 
 
-def inputs(name: str, shape: tuple[int, ...], *, noise: float = 1.0, seed: int = 0) -> tuple[list[Tensor], Tensor | None]:
+def inputs(
+    name: str, shape: tuple[int, ...], *, noise: float = 1.0, seed: int = 0
+) -> tuple[list[Tensor], Tensor | None]:
     draw = torch.Generator().manual_seed(seed + len(shape))
     # Multiples of 1/4096: differences are exact in float32, so that ranks and thresholds are those of float64.
     base = torch.randn(shape, generator=draw).mul_(4096.0).round_().div_(4096.0)
@@ -217,7 +219,13 @@ def test_magnitudes(name: str, scale: float) -> None:
     models = [model * scale for model in models]
     base = None if base is None else base * scale
     parameters = typical(name)
-    parameters.update({key: parameters[key] * scale for key in ("t", "epsilon") if key in parameters and name in {"nearswap", "ram", "ramplus_tl"}})
+    parameters.update(
+        {
+            key: parameters[key] * scale
+            for key in ("t", "epsilon")
+            if key in parameters and name in {"nearswap", "ram", "ramplus_tl"}
+        }
+    )
     found = merge_tensors(name, models, base, **parameters)
     wanted = expected(name, models, base, **parameters)
     assert torch.isfinite(found).all()

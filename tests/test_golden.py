@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ DIVERGENCES = {
 """Case -> (tensors whose names contain this differ, why). The reference is wrong there; we do not follow it."""
 
 NEGATIVE_STEPS = {
-    "model_stock_rows": "mergekit steps backwards where a row's deltas disagree on average; the share is clamped to [0, 1]",
+    "model_stock_rows": "mergekit steps backwards where a row's deltas disagree; ours clamps the share to [0, 1]",
 }
 """Case -> why rows that differ must equal the base in ours."""
 

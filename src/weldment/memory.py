@@ -12,7 +12,7 @@ from weldment.checkpoint.dtypes import SAFETENSORS
 from weldment.engine.blocks import BLOCK
 from weldment.engine.run import Machine, default_threads, run_works
 from weldment.engine.sources import MemorySource
-from weldment.engine.work import Work
+from weldment.engine.work import Work, Write
 from weldment.errors import UserError
 from weldment.methods import METHODS, Method
 from weldment.methods.arguments import settle
@@ -86,22 +86,60 @@ def merge_tensors(
     row = METHODS.get(method)
     if row is None:
         raise UserError(f"unknown method {method!r}", fix=f"The methods are {', '.join(METHODS)}")
-    single = isinstance(models[0], Tensor) if models else False
-    dicts = [{"tensor": model} for model in models] if single else [dict(model) for model in models]
-    base_dict = {"tensor": base} if single and base is not None else base
-    if row.base_is_model and base_dict is not None:
-        dicts, base_dict = [dict(base_dict), *dicts], None
-    if row.base == "unused" or row.base_is_model:
-        base_dict = None
+    machine = _machine(threads, accumulate)
+    single = all(isinstance(model, Tensor) for model in models) and not isinstance(base, Mapping)
+    dicts, base_dict = _as_dicts(row, models, base, single=single)
     _check(row, dicts, base_dict)
     try:
         arguments = settle(row, parameters, len(dicts))
     except ValueError as error:
         raise UserError(str(error)) from error
-    merged = _run(
-        row, dicts, base_dict, arguments, dtype, seed, block, Machine("cpu", threads or default_threads(), accumulate)
-    )
+    merged: dict[str, Tensor] = {}
+    works: list[Work] = []
+    for name, first in (base_dict if base_dict is not None else dicts[0]).items():
+        group = [model[name] for model in dicts]
+        if not first.is_floating_point():
+            merged[name] = _agreed(name, group)
+            continue
+        merged[name] = out = torch.empty(first.shape, dtype=dtype or first.dtype)
+        work = Work(
+            name=name,
+            shape=tuple(first.shape),
+            method=row,
+            parameters=arguments,
+            sources=[_source(tensor) for tensor in group],
+            base=None if base_dict is None else _source(base_dict[name]),
+            dtype=SAFETENSORS[out.dtype],
+            write=_writer(out),
+            keys=[tensor_key(seed, str(number), name) for number in range(len(group))],
+            block=block,
+        )
+        works.append(work)
+    run_works(works, machine, finished=lambda work, outcome: None)
     return merged["tensor"] if single else merged
+
+
+def _machine(threads: int | None, accumulate: str) -> Machine:
+    if accumulate not in ("float32", "float64"):
+        raise UserError(f"accumulate must be float32 or float64, not {accumulate!r}")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, not {threads}")
+    return Machine("cpu", threads or default_threads(), accumulate)
+
+
+def _as_dicts(
+    row: Method, models: Sequence[Any], base: Any, *, single: bool
+) -> tuple[list[StateDict], StateDict | None]:
+    """State dicts of the models and of the base that takes part, if any."""
+    given = [*models, *([base] if base is not None else [])]
+    if not single and not all(isinstance(model, Mapping) for model in given):
+        raise UserError("models and base must be all tensors or all state dicts")
+    dicts: list[StateDict] = [{"tensor": model} if single else model for model in given]
+    *merged, last = dicts if base is not None else [*dicts, None]
+    if last is not None and row.base_is_model:
+        return [last, *(model for model in merged if model is not None)], None
+    found = [model for model in merged if model is not None]
+    return found, None if row.base == "unused" else last
 
 
 def _check(row: Method, models: Sequence[StateDict], base: StateDict | None) -> None:
@@ -121,41 +159,8 @@ def _check(row: Method, models: Sequence[StateDict], base: StateDict | None) -> 
                 raise UserError(f"shapes differ: {list(tensor.shape)} and {list(first[name].shape)}", where=name)
 
 
-def _run(
-    row: Method,
-    models: Sequence[StateDict],
-    base: StateDict | None,
-    arguments: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    seed: int,
-    block: int,
-    machine: Machine,
-) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
-    works: list[Work] = []
-    for name, tensor in (base if base is not None else models[0]).items():
-        group = [model[name] for model in models]
-        if not tensor.is_floating_point():
-            merged[name] = _agreed(name, group)
-            continue
-        out = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-        merged[name] = out
-        works.append(
-            Work(
-                name=name,
-                shape=tuple(tensor.shape),
-                method=row,
-                parameters=arguments,
-                sources=[MemorySource(item.detach().reshape(-1)) for item in group],
-                base=None if base is None else MemorySource(base[name].detach().reshape(-1)),
-                dtype=SAFETENSORS[out.dtype],
-                write=_writer(out),
-                keys=[tensor_key(seed, str(number), name) for number in range(len(group))],
-                block=block,
-            )
-        )
-    run_works(works, machine, finished=lambda work, outcome: None)
-    return merged
+def _source(tensor: Tensor) -> MemorySource:
+    return MemorySource(tensor.detach().reshape(-1))
 
 
 def _agreed(name: str, group: Sequence[Tensor]) -> Tensor:
@@ -164,7 +169,7 @@ def _agreed(name: str, group: Sequence[Tensor]) -> Tensor:
     return group[0].clone()
 
 
-def _writer(out: Tensor) -> Any:
+def _writer(out: Tensor) -> Write:
     flat = out.view(-1)
 
     def write(start: int, block: Tensor) -> None:

@@ -48,8 +48,8 @@ class _Search:
         share = (self.rank + 0.5) / total
         below = math.floor((share - self.margin) * self.sample.size)
         above = math.ceil((share + self.margin) * self.sample.size)
-        self.low = 0.0 if below < 0 else float(self.sample[below])
-        self.high = math.inf if above >= self.sample.size else float(self.sample[above])
+        self.low = 0.0 if below < 0 or np.isnan(self.sample[below]) else float(self.sample[below])
+        self.high = math.inf if above >= self.sample.size or np.isnan(self.sample[above]) else float(self.sample[above])
 
     def settle(self, below: int, inside: list[tuple[np.ndarray, np.ndarray | None]]) -> None:
         """Take the number if the interval holds it; otherwise ask for a wider one."""
