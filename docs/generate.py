@@ -123,10 +123,9 @@ def method_section(method: Method) -> list[str]:
 
 def family_page(family: str, methods: Sequence[Method]) -> str:
     """The page of one family."""
-    module = inspect.getmodule(methods[0].kernel)
     listing = "\n".join(f"- [{method.name}](#{method.name}): {escaped(method.summary)}" for method in methods)
-    code = [family for family in [(module.__name__ if module else "").replace(".", "/")] if family]
-    source = f"Code: [`src/{code[0]}.py`](../../src/{code[0]}.py). Every recipe below can be run as it is on models in `models/`."
+    code = f"src/{methods[0].kernel.__module__.replace('.', '/')}.py"
+    source = f"Code: [`{code}`](../../{code}). The recipes below name folders with models; put yours there."
     lines = [NOTE, f"# {family[0].upper()}{family[1:]}", "", listing, "", source, ""]
     for method in methods:
         lines += method_section(method)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,26 +95,19 @@ def terminal(command: str, lines: Sequence[str]) -> str:
 def plan_lines(folder: Path, recipe: str) -> list[str]:
     """What `weld plan` prints for a recipe of the demo; free disk space depends on the machine and is left out."""
     weld = Path(sys.executable).with_name("weld")
-    done = subprocess.run(
-        [weld, "plan", recipe], cwd=folder, env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [
-        line.split(" (")[0] + "," + line.split("),")[1] if "free)" in line else line
-        for line in done.stdout.splitlines()
-    ]
+    settings = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    done = subprocess.run([weld, "plan", recipe], cwd=folder, env=settings, capture_output=True, text=True, check=True)
+    return [re.sub(r" \([^()]* free\)", "", line) for line in done.stdout.splitlines()]
 
 
 def main() -> None:
     """Write both pictures."""
-    folder = Path(sys.argv[1])
+    folder, recipe = Path(sys.argv[1]), "recipes/task_arithmetic.yml"
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "digits.svg").write_text(chart(record), encoding="utf-8")
-    (IMAGES / "plan.svg").write_text(
-        terminal("weld plan recipes/task_arithmetic.yml", plan_lines(folder, "recipes/task_arithmetic.yml")),
-        encoding="utf-8",
-    )
+    plan = terminal(f"weld plan {recipe}", plan_lines(folder, recipe))
+    (IMAGES / "plan.svg").write_text(plan, encoding="utf-8")
 
 
 if __name__ == "__main__":

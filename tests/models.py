@@ -153,3 +153,141 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"text_config": ("LlamaConfig", GROUPED), "vision_config": ("CLIPVisionConfig", VISION)},
     ),
 }
+
+
+def perturbed(state: Mapping[str, Tensor], seed: int, *, scale: float = 0.05) -> State:
+    """A state dict near another one: floating-point tensors get noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (tensor + scale * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in state.items()
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and two experts in folders, as transformers saved them."""
+
+    base: Path
+    experts: tuple[Path, Path]
+
+    @property
+    def all(self) -> tuple[Path, Path, Path]:
+        return (self.base, *self.experts)
+
+
+def save_family(architecture: Architecture, folder: Path, dtype: torch.dtype = torch.float32) -> Family:
+    """Save a base and two experts that differ from it a little."""
+    torch.manual_seed(0)
+    model = architecture.build().to(dtype)
+    model.save_pretrained(folder / "base")
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for number in (1, 2):
+        changed = perturbed(start, number)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(changed[name])
+        model.save_pretrained(folder / f"expert-{number}")
+    return Family(folder / "base", (folder / "expert-1", folder / "expert-2"))
+
+
+def save_state(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, **files: str) -> Path:
+    """Save a state dict as a model folder, with a config and other files by their names."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+def read_state(folder: Path) -> State:
+    """All tensors of a model folder, whatever its shards."""
+    states: Iterable[State] = (load_file(path) for path in sorted(folder.glob("*.safetensors")))
+    return {name: tensor for state in states for name, tensor in state.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a model folder."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def loaded(architecture: Architecture, folder: Path) -> PreTrainedModel:
+    """The model in a folder; fails if transformers misses a key, finds one too many or one of another shape."""
+    cls = getattr(transformers, architecture.model)
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    problems = {key: value for key, value in info.items() if value and key != "error_msgs"}
+    assert not problems, problems
+    return model.eval()
+
+
+def outputs(architecture: Architecture, model: PreTrainedModel) -> Tensor:
+    """The first floating-point output of a forward pass."""
+    with torch.no_grad():
+        found = model(**architecture.inputs())
+    logits = found.get("logits", found.get("logits_per_image"))
+    assert logits is not None
+    return logits
+
+
+def recipe(method: str, *models: Path, base: Path | None = None, **keys: Any) -> dict[str, Any]:
+    """A recipe as a mapping; `keys` go to the top level."""
+    written: dict[str, Any] = {"merge_method": method, "models": [{"model": str(model)} for model in models], **keys}
+    return written if base is None else {**written, "base_model": str(base)}
+
+
+def decoder_state(
+    *, layers: int = 2, rows: int = 12, tied: bool = True, prefix: str = "model.", seed: int = 0, width: int = 4
+) -> State:
+    """The names of a small decoder, with few tensors in a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (rows, width)}
+    for layer in range(layers):
+        shapes[f"{prefix}layers.{layer}.self_attn.q_proj.weight"] = (width, width)
+        shapes[f"{prefix}layers.{layer}.mlp.up_proj.weight"] = (2 * width, width)
+        shapes[f"{prefix}layers.{layer}.input_layernorm.weight"] = (width,)
+    shapes[f"{prefix}norm.weight"] = (width,)
+    if not tied:
+        shapes["lm_head.weight"] = (rows, width)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def decoder_config(*, layers: int = 2, rows: int = 12, tied: bool = True, **keys: Any) -> dict[str, Any]:
+    """A config that goes with `decoder_state`."""
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "vocab_size": rows,
+        "tie_word_embeddings": tied,
+        "dtype": "float32",
+        **keys,
+    }
+
+
+def save_decoder(path: Path, *, layers: int = 2, rows: int = 12, tied: bool = True, seed: int = 0, **keys: Any) -> Path:
+    """A folder with `decoder_state` and `decoder_config`; `keys` go into the config."""
+    state = decoder_state(layers=layers, rows=rows, tied=tied, seed=seed)
+    return save_state(path, state, decoder_config(layers=layers, rows=rows, tied=tied, **keys))
+
+
+def average(*states: Mapping[str, Tensor]) -> State:
+    """The mean of state dicts, in float64, rounded to their own dtypes."""
+    return {
+        name: (sum(state[name].double() for state in states) / len(states)).to(tensor.dtype)
+        for name, tensor in states[0].items()
+    }
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exact: bool = False) -> None:
+    """Two state dicts have the same names, dtypes and shapes, and values that differ by rounding at most."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        limits = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-6, "atol": 2e-7}
+        torch.testing.assert_close(
+            found[name], tensor, **limits, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+        )

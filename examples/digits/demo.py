@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -94,16 +95,15 @@ def run(out: Path, effort: Effort, console: Console) -> None:
     console.print(
         f"page: {out / 'index.html'}   ({time.perf_counter() - started:.0f} s)", highlight=False, soft_wrap=True
     )
-    console.print(f"try:  cd {out.name} && weld plan recipes/ties.yml", highlight=False, soft_wrap=True)
+    weld = os.path.relpath(Path(sys.executable).with_name("weld"), out)
+    console.print(f"try:  cd {out.name} && {weld} plan recipes/ties.yml", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Read the options and run."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write into")
-    options.add_argument(
-        "--quick", action="store_true", help="train less: seconds instead of a minute, lower accuracies"
-    )
+    options.add_argument("--quick", action="store_true", help="train less, for a try: lower accuracies")
     chosen = options.parse_args()
     run(chosen.out.absolute(), QUICK if chosen.quick else Effort(), Console())
 

@@ -19,7 +19,8 @@ h1 { font-size: 1.75rem; line-height: 1.2; letter-spacing: -0.01em; margin: 0 0 
 p { margin: 0 0 12px; max-width: 68ch; }
 .lead { color: var(--dim); margin-bottom: 28px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; table-layout: fixed; width: 100%; min-width: 800px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; min-width: 800px;
+  font-variant-numeric: tabular-nums; }
 th { font-weight: 600; text-align: left; vertical-align: top; padding: 0 14px 10px 0; }
 th small { display: block; font-weight: 400; color: var(--dim); font-size: 0.78rem; line-height: 1.3; }
 td, tbody th { padding: 7px 14px 7px 0; vertical-align: middle; border-top: 1px solid var(--line); }
@@ -34,7 +35,8 @@ tr.first > * { border-top: 2px solid var(--dim); }
 .own .cell b { text-decoration: underline; text-underline-offset: 3px; }
 .best .mean .cell b { color: var(--best); }
 .tag { color: var(--dim); font-weight: 400; font-size: 0.82rem; }
-details { border-top: 1px solid var(--line); padding: 10px 0; } details:last-of-type { border-bottom: 1px solid var(--line); }
+details { border-top: 1px solid var(--line); padding: 10px 0; }
+details:last-of-type { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; font-weight: 500; } h2 { font-size: 1.15rem; margin: 36px 0 10px; }
 pre { margin: 10px 0 4px; padding: 14px 16px; background: var(--track); border-radius: 8px; overflow-x: auto;
   font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -76,17 +78,23 @@ def _rows(results: Results) -> str:
     )
 
 
+def _recipe(file: Path) -> str:
+    text = escape(file.read_text(encoding="utf-8"))
+    return f"<details><summary>{escape(file.stem)}</summary><pre>{text}</pre></details>"
+
+
 def summary(results: Results) -> str:
-    """The outcome in three sentences."""
+    """The outcome in three sentences, as HTML."""
     base, best = results.rows[0], results.best_merge
     experts = [row for row in results.rows if row.kind == "expert"]
     single = max(experts, key=lambda row: row.mean)
     own = sum(row.accuracy[row.name] for row in experts) / len(experts)
-    return (
+    told = (
         f"The best merge here, {best.name}, answers {_percent(best.mean)} % of the four questions right, the base "
-        f"{_percent(base.mean)} %, the best single expert {_percent(single.mean)} %. Four experts, each asked only its own "
-        f"question, reach {_percent(own)} %, at four times the size. No merge was trained."
+        f"{_percent(base.mean)} %, the best single expert {_percent(single.mean)} %. Four experts, each asked only "
+        f"its own question, reach {_percent(own)} %, at four times the size. No merge was trained."
     )
+    return told.replace(" %", "&nbsp;%")
 
 
 def page(results: Results, recipes: Path) -> str:
@@ -98,19 +106,15 @@ def page(results: Results, recipes: Path) -> str:
     heads = "".join(
         f"<th>{escape(name)}<small>{escape(question)}</small></th>" for name, question in results.tasks.items()
     )
-    merges = [row.name for row in results.rows if row.kind == "merge"]
-    shown = "\n".join(
-        f"<details><summary>{escape(name)}</summary><pre>{escape((recipes / f'{name}.yml').read_text(encoding='utf-8'))}</pre></details>"
-        for name in merges
-    )
+    shown = "\n".join(_recipe(recipes / f"{row.name}.yml") for row in results.rows if row.kind == "merge")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Four experts, one model</title><style>{STYLE}</style></head><body>
 <h1>Four experts, one model</h1>
 <p>{summary(results)}</p>
 <p class="lead">Accuracy in % on {results.images} images of digits that no model was trained on; one training run, so
-differences of a point or two are noise. Every row is a backbone under the same four heads. Underlined: the task an expert was
-trained for. Bars begin at {100 * FLOOR:.0f} %.</p>
+differences of a point or two are noise. Every row is a backbone under the same four heads. Underlined: the task an
+expert was trained for. Bars begin at {100 * FLOOR:.0f} %.</p>
 <div class="scroll"><table><thead><tr><th>backbone</th>{heads}<th>mean</th></tr></thead>
 <tbody>
 {_rows(results)}

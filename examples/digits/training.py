@@ -64,11 +64,11 @@ QUICK = Effort(backbone=100, head=300, expert=150)
 
 def load_images() -> tuple[Images, Images]:
     """60 % of the images to train on and 20 % to test on; the rest was used to choose the settings."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    pixels, shown = torch.tensor(digits.data, dtype=torch.float32)[order] / 16, torch.tensor(digits.target)[order]
+    found, shown = load_digits(return_X_y=True)
+    order = torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))
+    pixels, digits = torch.tensor(found, dtype=torch.float32)[order] / 16, torch.tensor(shown)[order]
     train, test = int(0.6 * len(order)), int(0.8 * len(order))
-    return Images(pixels[:train], shown[:train]), Images(pixels[test:], shown[test:])
+    return Images(pixels[:train], digits[:train]), Images(pixels[test:], digits[test:])
 
 
 def new_backbone() -> nn.Sequential:

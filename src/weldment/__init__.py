@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from weldment.memory import merge_tensors
     from weldment.merging import MergeResult, merge, plan
     from weldment.methods import METHODS
-    from weldment.plan.plan import Plan
+    from weldment.planning.plan import Plan
     from weldment.verification import verify
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
 _LAZY = {
     "METHODS": "weldment.methods",
     "MergeResult": "weldment.merging",
-    "Plan": "weldment.plan.plan",
+    "Plan": "weldment.planning.plan",
     "merge": "weldment.merging",
     "merge_tensors": "weldment.memory",
     "plan": "weldment.merging",

@@ -150,7 +150,8 @@ def _check(row: Method, models: Sequence[StateDict], base: StateDict | None) -> 
     if row.base == "required" and not row.base_is_model and base is None:
         raise UserError(f"{row.name} needs a base", fix="Pass base=...")
     first = models[0]
-    for number, other in enumerate([*models[1:], *([base] if base is not None else [])], 1):
+    others: list[StateDict] = [*models[1:], *([base] if base is not None else [])]
+    for number, other in enumerate(others, 1):
         if other.keys() != first.keys():
             name = sorted(other.keys() ^ first.keys())[0]
             raise UserError(f"model {number} and model 0 do not have the same tensors; {name!r} is only in one of them")

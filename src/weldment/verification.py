@@ -13,8 +13,7 @@ from weldment.checkpoint.layout import Slot
 from weldment.engine.execute import stored_checksum
 from weldment.engine.run import default_threads
 from weldment.errors import CheckpointError, UserError, VerificationError
-from weldment.merging import read_manifest
-from weldment.report.manifest import file_digest
+from weldment.report.manifest import file_digest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,57 @@
-"""The files of a model that are not weights: which ones an output gets, and how they are changed."""
+"""The files of a model that are not weights: which ones an output gets.
+
+Generation config, pooling modules, licence, custom code: all come from the model that also gives
+the configuration and the tensors' names, so that they fit each other. The files of the tokenizer,
+with its chat template, come from the model that gives the rows of the embeddings.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weldment.checkpoint.layout import INDEX, Layout
 from weldment.checkpoint.model import Checkpoint
 
+TOKENIZER = (
+    "tokenizer*",
+    "vocab.*",
+    "vocab*.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "spm.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.*",
+)
+"""Names of the files that a tokenizer consists of."""
 
-def write_side_files(folder: Path, model: Checkpoint, config: Mapping[str, Any], layout: Layout) -> None:
-    """Copy every side file of the reference model, then write the config and the index.
 
-    Tokenizer, generation config, chat template, pooling modules, licence, custom code: all come
-    from the one model that also gives the tensors' names, so that they fit each other.
-    """
-    if model.root is not None:
-        for name in model.side_files:
+def copy_side_files(folder: Path, side: Checkpoint, tokenizer: Checkpoint) -> None:
+    """Copy the side files of one model, with the tokenizer of another (or the same) one."""
+    chosen = dict.fromkeys(side.side_files, side)
+    if tokenizer is not side:
+        chosen = {name: model for name, model in chosen.items() if not is_tokenizer_file(name)}
+        chosen |= {name: tokenizer for name in tokenizer.side_files if is_tokenizer_file(name)}
+    for name, model in chosen.items():
+        if model.root is not None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(model.root / name, target)
-    if config:
-        write_json(folder / "config.json", config)
-    index = layout.index()
-    if index is not None:
-        write_json(folder / INDEX, index)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer."""
+    path = PurePosixPath(name)
+    if path.parts[0] == "chat_templates":
+        return True
+    return len(path.parts) == 1 and any(fnmatchcase(name, pattern) for pattern in TOKENIZER)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from weldment.cli.console import count, size
 from weldment.cli.merge import JsonOption, RecipeArgument, SeedOption, SetOption, ShardOption
 
 if TYPE_CHECKING:
-    from weldment.plan.plan import Plan, TensorJob
+    from weldment.planning.plan import Plan, TensorJob
 
 
 def command(
@@ -136,7 +136,7 @@ def _inputs(planned: Plan) -> list[tuple[str, str]]:
 
 def _groups(planned: Plan, every: bool) -> dict[str, list[TensorJob]]:
     """Jobs by name, the layer number left open unless every tensor is wanted."""
-    from weldment.plan.layers import layer_of
+    from weldment.planning.layers import layer_of
 
     groups: dict[str, list[TensorJob]] = {}
     for job in planned.jobs:

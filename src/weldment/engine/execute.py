@@ -25,7 +25,7 @@ from weldment.engine.sources import FileSource
 from weldment.engine.work import Work, Write
 from weldment.errors import CheckpointError, NonFiniteError
 from weldment.methods import METHODS
-from weldment.plan.plan import Plan, TensorJob
+from weldment.planning.plan import Plan, TensorJob
 
 _CHECK_STEP = 1 << 22
 
@@ -165,7 +165,7 @@ def _writer(files: OutputFiles, slot: Slot) -> Write:
     size = ITEM_BYTES[slot.dtype]
 
     def write(start: int, block: Tensor) -> None:
-        files.write(slot.file, slot.offset + start * size, memoryview(block.view(torch.uint8).numpy()))
+        files.write(slot.file, slot.offset + start * size, block.view(torch.uint8).numpy().data)
 
     return write
 
@@ -186,7 +186,7 @@ def stored_checksum(descriptor: int, slot: Slot) -> str:
     checksum = Checksum(slot.numel, slot.dtype)
     size = ITEM_BYTES[slot.dtype]
     buffer = torch.empty(_CHECK_STEP * size, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     for start in range(0, slot.numel, _CHECK_STEP):
         count = min(_CHECK_STEP, slot.numel - start) * size
         position = 0

@@ -12,7 +12,7 @@ from weldment.engine.run import Machine, default_threads
 from weldment.errors import UserError
 from weldment.methods import METHODS
 from weldment.methods.block import CHUNK
-from weldment.plan.plan import Plan, TensorJob
+from weldment.planning.plan import Plan, TensorJob
 
 PROCESS_BYTES = 280_000_000
 """What Python, torch and the plan take before the first block (measured; see benchmarks/README.md)."""
@@ -40,7 +40,8 @@ def job_bytes(job: TensorJob, block: int, accumulate: str) -> int:
     width = 8 if accumulate == "float64" else 4
     buffers = len(job.sources) + (job.base is not None) + SCRATCH
     raw = max(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
-    return elements * (buffers * width + raw)
+    doubles = 2 * buffers * 8 if job.method and METHODS[job.method].float64 else 0
+    return elements * (buffers * width + doubles + raw)
 
 
 def peak_bytes(plan: Plan, threads: int, block: int = BLOCK) -> int:
@@ -62,6 +63,8 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}")
     chosen = pick_device(device)
+    if chosen.startswith("mps"):
+        _refuse_float64(plan)
     wanted = threads or default_threads()
     if max_memory is None:
         return Machine(chosen, wanted), BLOCK
@@ -75,6 +78,12 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
         where="--max-memory",
         fix=f"The least it needs is {math.ceil(least / 1e6)} MB",
     )
+
+
+def _refuse_float64(plan: Plan) -> None:
+    for job in (job for part in (*plan.stages, plan) for job in part.jobs if job.action == "merge"):
+        if METHODS[job.method].needs_float64(job.parameters):
+            raise UserError(f"{job.method} needs float64, which mps devices lack", fix="Use --device cpu")
 
 
 def _block_sizes() -> list[int]:

@@ -149,22 +149,26 @@ def _count_span(
     for cut in grid.blocks(span):
         series = values(item, cut, workspace)
         for number, search in enumerate(searches):
-            count, kept = _split(series[search.series], search.low, search.high)
+            count, kept = _split(series[search.series], search.low, search.high, workspace)
             below[number] += count
             inside[number].append(kept)
     return [(count, _compact(np.concatenate(kept), span)) for count, kept in zip(below, inside, strict=True)]
 
 
-def _split(numbers: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+def _split(numbers: Tensor, low: float, high: float, workspace: Workspace) -> tuple[int, np.ndarray]:
+    """How many numbers lie below `low`, and those from `low` to `high`."""
     if numbers.device.type != "cpu":
         count = int((numbers < low).sum()) if low > 0.0 else 0
         return count, torch.masked_select(numbers, (numbers >= low) & (numbers <= high)).cpu().numpy()
     array = numbers.numpy()
-    count = int(np.count_nonzero(array < array.dtype.type(low))) if low > 0.0 else 0
+    flags = workspace.staging("flags", array.size).numpy().view(np.bool_)
+    count = int(np.count_nonzero(np.less(array, array.dtype.type(low), out=flags))) if low > 0.0 else 0
     # Non-negative floats are ordered as their bits are, and one unsigned comparison tests both ends.
     word = np.dtype(f"u{array.itemsize}")
     first, last = np.array([low, high], dtype=array.dtype).view(word)
-    return count, array[(array.view(word) - first) <= (last - first)]
+    shifted = workspace.staging("shifted", array.nbytes).numpy().view(word)
+    np.less_equal(np.subtract(array.view(word), first, out=shifted), last - first, out=flags)
+    return count, array[flags]
 
 
 def _compact(numbers: np.ndarray, span: tuple[int, int]) -> Inside:

@@ -40,7 +40,7 @@ class FileSource:
         """Read the elements into a staging buffer."""
         size = ITEM_BYTES[self.dtype]
         buffer = workspace.staging("read", count * size)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         position, end = 0, count * size
         while position < end:
             got = os.preadv(self.descriptor, [view[position:]], self.offset + start * size + position)
@@ -55,7 +55,7 @@ class FileSource:
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Read and convert."""
-        out.copy_(self.raw(start, out.numel(), workspace))
+        out.copy_(self.raw(start, out.numel(), workspace).to(out.device))
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _total_span(
         pieces = chunks(cut.numel) if work.grid.unit == "element" else [(0, cut.numel)]
         for start, stop in pieces:
             piece = block if len(pieces) == 1 else _piece(block, start, stop)
-            partials.append(statistic.of(piece, **work.parameters).double().cpu())
+            partials.append(statistic.of(piece, **work.parameters).cpu().double())
     return torch.stack(partials)
 
 

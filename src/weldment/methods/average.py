@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from weldment.methods.block import Block
 from weldment.methods.method import Method, Parameter
+
+
+def sum_into(out: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the tensors, from the first to the last, in `out`."""
+    if len(tensors) == 1:
+        return out.copy_(tensors[0])
+    torch.add(tensors[0], tensors[1], out=out)
+    for tensor in tensors[2:]:
+        out.add_(tensor)
+    return out
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

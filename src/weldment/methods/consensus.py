@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weldment.methods.average import weighted_sum
+from weldment.methods.average import sum_into, weighted_sum
 from weldment.methods.block import Block
 
 
@@ -18,9 +18,7 @@ def elected_signs(block: Block, votes: Sequence[Tensor], elect: str, zero_sign: 
     """
     total = block.scratch()
     if elect == "mass":
-        total.copy_(votes[0])
-        for vote in votes[1:]:
-            total.add_(vote)
+        sum_into(total, votes)
     else:
         sign = block.scratch()
         torch.sign(votes[0], out=total)
@@ -39,13 +37,17 @@ def disjoint_mean(
 
     Overwrites `weighted`. Elements on which no model agrees are 0.
     """
-    total, share = block.scratch().zero_(), block.scratch().zero_()
-    for part, w in zip(weighted, weight, strict=True):
+    total, share = weighted[0].mul_(signs).relu_(), block.scratch()
+    if normalize:
+        torch.sign(total, out=share)
+        if weight[0] != 1.0:
+            share.mul_(weight[0])
+    for part, w in zip(weighted[1:], weight[1:], strict=True):
         total.add_(part.mul_(signs).relu_())
         if normalize and w != 0.0:
             share.add_(part.sign_() if w == 1.0 else part.sign_().mul_(w))
     if normalize:
-        total.div_(_nonzero_(share, part, all_positive=min(weight) >= 0.0))
+        total.div_(_nonzero_(share, block.scratch(), all_positive=min(weight) >= 0.0))
     return total.mul_(signs)
 
 

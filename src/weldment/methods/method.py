@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from weldment.methods.block import Statistic, Unit
+from weldment.methods.block import Statistic, Total, Unit
 
 Kind = Literal["float", "int", "bool", "choice"]
 
@@ -57,6 +57,7 @@ class Method:
         base: "required", "optional" (changes the result when given) or "unused".
         base_is_model: the base counts as the first of the models (slerp, nearswap, arcee_fusion).
         random: uses `block.keys`.
+        float64: the kernel or its order statistics calculate in float64 on the device.
         check: called with the parameters of each tensor; raises ValueError with the cause.
     """
 
@@ -71,6 +72,7 @@ class Method:
     base: Literal["required", "optional", "unused"] = "required"
     base_is_model: bool = False
     random: bool = False
+    float64: bool = False
     check: Callable[..., None] | None = None
     paper: str = ""
     url: str = ""
@@ -82,6 +84,10 @@ class Method:
     def statistics_for(self, parameters: Mapping[str, Any]) -> tuple[Statistic, ...]:
         """The passes this method needs with these parameters."""
         return self.statistics(**parameters) if callable(self.statistics) else self.statistics
+
+    def needs_float64(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the device must have float64: totals are summed in it."""
+        return self.float64 or any(isinstance(statistic, Total) for statistic in self.statistics_for(parameters))
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of this name or alias, or None."""

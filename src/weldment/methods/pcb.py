@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weldment.methods.average import sum_into
 from weldment.methods.block import Block, OrderStatistic, Scope, Statistic
 from weldment.methods.method import Method, Parameter
 from weldment.methods.task_vectors import LAMBDA, WEIGHT, magnitudes
@@ -20,14 +21,6 @@ def onto_base(block: Block, merged: Tensor, scale: float = 1.0) -> Tensor:
     """theta_0 + scale * merged, in place of `merged`."""
     assert block.base is not None
     return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
-
-
-def sum_into(out: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of the tensors, in `out`."""
-    out.copy_(tensors[0])
-    for tensor in tensors[1:]:
-        out.add_(tensor)
-    return out
 
 
 _TINY = 5e-324
@@ -115,6 +108,7 @@ def pcb(block: Block, *, weight: Sequence[float], lambda_: float, **_: object) -
 
 PCB = Method(
     name="pcb",
+    float64=True,
     family="selection",
     summary="weighs every element by how it competes within its task and between tasks",
     kernel=pcb,

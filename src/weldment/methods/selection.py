@@ -317,6 +317,7 @@ RAM_URL = "https://arxiv.org/abs/2601.13572"
 SELECTION = (
     Method(
         name="sce",
+        float64=True,
         family="selection",
         summary="keeps the changes that vary most, weighs models by their energy, erases minority signs",
         kernel=sce,
@@ -347,6 +348,7 @@ SELECTION = (
     ),
     Method(
         name="ramplus_tl",
+        float64=True,
         family="selection",
         summary="RAM that amplifies the changes of one model alone where models overlap",
         kernel=ramplus_tl,
@@ -361,6 +363,7 @@ SELECTION = (
     ),
     Method(
         name="model_stock",
+        float64=True,
         family="selection",
         summary="between the base and the mean, the nearer to the mean the more the models agree",
         kernel=model_stock,
@@ -373,6 +376,7 @@ SELECTION = (
     ),
     Method(
         name="arcee_fusion",
+        float64=True,
         family="selection",
         summary="takes the elements of a second model that stand out by importance",
         kernel=arcee_fusion,

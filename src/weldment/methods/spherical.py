@@ -306,6 +306,7 @@ def karcher_statistics(*, max_iter: int, tol: float) -> tuple[Total, ...]:
 SPHERICAL = (
     Method(
         name="slerp",
+        float64=True,
         family="spherical",
         summary="point on the arc from the base to a second model",
         kernel=slerp,
@@ -319,6 +320,7 @@ SPHERICAL = (
     ),
     Method(
         name="nuslerp",
+        float64=True,
         family="spherical",
         summary="slerp with weights, of models or task vectors, as a whole or slice by slice",
         kernel=nuslerp,
@@ -342,6 +344,7 @@ SPHERICAL = (
     ),
     Method(
         name="multislerp",
+        float64=True,
         family="spherical",
         summary="mean direction of any number of models or task vectors, with their mean length",
         kernel=multislerp,
@@ -359,6 +362,7 @@ SPHERICAL = (
     ),
     Method(
         name="karcher",
+        float64=True,
         family="spherical",
         summary="mean of any number of models along the arcs between them",
         kernel=karcher,

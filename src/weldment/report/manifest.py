@@ -12,7 +12,8 @@ import numpy
 import torch
 
 from weldment.checkpoint.staging import MANIFEST
-from weldment.plan.plan import Plan
+from weldment.errors import UserError
+from weldment.planning.plan import Plan
 from weldment.version import __version__
 
 FORMAT = 1
@@ -44,12 +45,11 @@ def recipes(plan: Plan) -> list[Mapping[str, Any]]:
     return [document for stage in plan.stages for document in recipes(stage)] + [plan.recipe.source]
 
 
-def ledger(plan: Plan) -> dict[str, dict[str, list[str]]]:
-    """By model and fate: the tensors, with details where there are any."""
-    account: dict[str, dict[str, list[str]]] = {}
+def ledger(plan: Plan) -> dict[str, dict[str, dict[str, str]]]:
+    """By model and fate: the tensors, each with the detail that the ledger gives, mostly none."""
+    account: dict[str, dict[str, dict[str, str]]] = {}
     for entry in plan.ledger:
-        text = f"{entry.tensor} ({entry.detail})" if entry.detail else entry.tensor
-        account.setdefault(entry.model, {}).setdefault(entry.fate, []).append(text)
+        account.setdefault(entry.model, {}).setdefault(entry.fate, {})[entry.tensor] = entry.detail
     for stage in plan.stages:
         account.update({f"{stage.recipe.name}/{model}": fates for model, fates in ledger(stage).items()})
     return account
@@ -76,6 +76,24 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `weldment.json`."""
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of an output folder.
+
+    Raises:
+        UserError: there is none, or it is not one.
+    """
+    path = out / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no {MANIFEST} here", where=str(out), fix="Give a folder that `weld merge` wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("tensors", "files")):
+        raise UserError(f"{MANIFEST} is not a manifest", where=str(path), fix="Merge again")
+    return content
 
 
 def file_digest(path: Path, limit: int | None = None) -> str:

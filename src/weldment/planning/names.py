@@ -24,62 +24,63 @@ def align(names: Shapes, reference: Shapes) -> tuple[dict[str, str], tuple[Renam
     """Match a model's tensor names to the reference's.
 
     Names that are equal match. For the rest, prefixes are replaced, most useful first, as long
-    as a replacement makes at least two more names (or the only one) match in name and shape, is
-    one to one, and only adds, removes or reorders whole parts of the name (`bert.`, `model.`,
-    `language_model.model.` -> `model.language_model.`).
+    as a replacement makes at least two more names (or the only one) match, is one to one, and
+    only adds, removes or reorders whole parts of the name (`bert.`, `model.`,
+    `language_model.model.` -> `model.language_model.`). Where two replacements are equally good
+    and exclude each other, neither is made.
 
     Returns:
         the new name of every tensor (its own where nothing matched) and the replacements made.
     """
     renamed = {name: name for name in names}
-    free = {name for name in reference if name not in names}
-    loose = [name for name in names if name not in reference]
+    free = {name: shape for name, shape in reference.items() if name not in names}
+    loose = {name: shape for name, shape in names.items() if name not in reference}
     made: list[Rename] = []
-    while loose and free:
-        rename = _best_rename(loose, names, free, reference)
-        if rename is None:
-            break
+    while loose and free and (rename := _best_rename(loose, free)) is not None:
         for name in [name for name in loose if name.startswith(rename.old)]:
             target = rename.new + name[len(rename.old) :]
-            if target in free:
+            if free.pop(target, None) is not None:
                 renamed[name] = target
-                free.discard(target)
-                loose.remove(name)
+                del loose[name]
         made.append(rename)
     return renamed, tuple(made)
 
 
-def _best_rename(loose: list[str], names: Shapes, free: set[str], reference: Shapes) -> Rename | None:
+def _best_rename(loose: Shapes, free: Shapes) -> Rename | None:
+    """The replacement that matches most names; those whose shapes are equal count first."""
     by_tail: dict[str, list[str]] = {}
     for name in sorted(free):
         for tail in _tails(name):
             by_tail.setdefault(tail, []).append(name)
+    exact: Counter[Rename] = Counter()
     votes: Counter[Rename] = Counter()
-    for name in loose:
-        for rename in _candidates(name, names[name], by_tail, reference):
+    for name, shape in loose.items():
+        for rename, other in _candidates(name, shape, by_tail, free).items():
             votes[rename] += 1
-    ranked = sorted(votes.items(), key=lambda item: (-item[1], item[0].old, item[0].new))
-    if not ranked:
-        return None
-    best, count = ranked[0]
-    tied = len(ranked) > 1 and ranked[1][1] == count and ranked[1][0].new == best.new
-    enough = count >= min(2, len(loose))
-    return best if enough and not tied else None
+            exact[rename] += free[other] == shape
+    ranked = sorted(votes, key=lambda rename: (-exact[rename], -votes[rename], rename.old, rename.new))
+    for place, best in enumerate(ranked):
+        rivals = [r for r in ranked[:place] + ranked[place + 1 :] if r.old == best.old or r.new == best.new]
+        if votes[best] >= min(2, len(loose)) and all(
+            (exact[rival], votes[rival]) < (exact[best], votes[best]) for rival in rivals
+        ):
+            return best
+    return None
 
 
 def _candidates(
-    name: str, shape: tuple[int, ...], by_tail: dict[str, list[str]], reference: Shapes
-) -> set[Rename]:
-    """The prefix changes that would give this name a partner, from its longest common tail."""
+    name: str, shape: tuple[int, ...], by_tail: Mapping[str, list[str]], free: Shapes
+) -> dict[Rename, str]:
+    """The prefix changes that would give this name a partner, from its longest common tail, with the partner."""
     for tail in _tails(name):
         found = {
-            Rename(name[: -len(tail)], other[: -len(tail)])
+            Rename(name[: -len(tail)], other[: -len(tail)]): other
             for other in by_tail.get(tail, ())
-            if len(reference[other]) == len(shape) and _same_parts(name[: -len(tail)], other[: -len(tail)])
+            if len(free[other]) == len(shape) and _same_parts(name[: -len(tail)], other[: -len(tail)])
         }
         if found:
             return found
-    return set()
+    return {}
 
 
 def _tails(name: str) -> list[str]:

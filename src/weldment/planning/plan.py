@@ -25,9 +25,10 @@ class TensorJob:
     Attributes:
         action: "merge" runs the method; "copy" takes the only source's elements; "agree" copies
             the first source after checking that all sources hold the same bytes.
-        file: "" for the model itself, or the file of a head.
         sources: one tensor per model, in the order of the parameters.
+        models: references of the models that the sources, and last the base, belong to.
         parameters: the kernel's keyword arguments.
+        file: "" for the model itself, or the file of a head.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TensorJob:
     shape: tuple[int, ...]
     action: Action
     sources: tuple[TensorEntry, ...]
+    models: tuple[str, ...]
     base: TensorEntry | None = None
     method: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -42,8 +44,13 @@ class TensorJob:
     file: str = ""
 
     @property
+    def inputs(self) -> tuple[tuple[str, TensorEntry], ...]:
+        """Every tensor that is read, with the model it belongs to."""
+        return tuple(zip(self.models, (*self.sources, *([self.base] if self.base else [])), strict=True))
+
+    @property
     def read_bytes(self) -> int:
-        return sum(entry.nbytes for entry in self.sources) + (self.base.nbytes if self.base else 0)
+        return sum(entry.nbytes for _, entry in self.inputs)
 
     def record(self) -> dict[str, Any]:
         """What determines the output's bytes, as JSON-able values (file places left out)."""
@@ -54,8 +61,8 @@ class TensorJob:
             "shape": list(self.shape),
             "action": self.action,
             "method": self.method,
-            "sources": [[entry.name, entry.dtype] for entry in self.sources],
-            "base": [self.base.name, self.base.dtype] if self.base else None,
+            "sources": [[model, entry.name, entry.dtype] for model, entry in self.inputs[: len(self.sources)]],
+            "base": [self.models[-1], self.base.name, self.base.dtype] if self.base else None,
             "parameters": dict(self.parameters),
             "keys": list(self.keys),
         }
@@ -77,10 +84,14 @@ class Plan:
 
     Attributes:
         models: the opened inputs by their reference in the recipe.
-        reference: the model that gives names, configuration and side files.
+        reference: the model that gives names and configuration.
         experts: references of the merged models, in order.
-        stages: plans of intermediate merges that this one reads, in order.
+        config: of the output; empty if no model has one.
+        side: the model whose side files the output gets.
+        tokenizer: the model whose tokenizer it gets.
+        heads: the experts whose heads are kept, by the names of the heads' files.
         notes: what the user should know, one sentence each.
+        stages: plans of intermediate merges that this one reads, in the order in which they run.
     """
 
     recipe: Recipe
@@ -91,6 +102,9 @@ class Plan:
     layout: Layout
     ledger: tuple[LedgerEntry, ...]
     config: Mapping[str, Any]
+    side: Checkpoint
+    tokenizer: Checkpoint
+    heads: Mapping[str, Checkpoint] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stages: tuple[Plan, ...] = ()
 
@@ -110,9 +124,14 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies what will be written: equal for equal recipes, inputs' shapes and layout."""
+        """Identifies what is calculated and how it is laid out.
+
+        It covers, for every output tensor, the models (as the recipe writes them), their tensors,
+        the method, its parameters and random keys, and the files and the configuration. It does
+        not cover the values in the input files, nor where on this machine they lie.
+        """
         record = {
-            "format": 1,
+            "format": 2,
             "accumulate": self.recipe.accumulate,
             "jobs": [job.record() for job in self.jobs],
             "files": [[file.name, file.size] for file in self.layout.files],

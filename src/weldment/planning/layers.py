@@ -11,7 +11,8 @@ from weldment.errors import PlanError
 
 _EMBEDDINGS = re.compile(r"(^|\.)(embed\w*|\w*embeddings?|wte|wpe|shared)(\.|$)", re.IGNORECASE)
 _NOT_TEXT = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
+"""Keys of configs that state a number of layers."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class LayerName:
     index: int
     rest: str
 
-    def at(self, index: int) -> str:
-        """The same tensor of another layer."""
-        return f"{self.stack}.{index}.{self.rest}"
+    @property
+    def name(self) -> str:
+        """The whole name."""
+        return f"{self.stack}.{self.index}.{self.rest}"
 
 
 def layer_of(name: str) -> LayerName | None:
@@ -68,8 +70,7 @@ def sliced_stack(stacks: Mapping[str, int], config: Mapping[str, Any], where: st
     """
     if len(stacks) == 1:
         return next(iter(stacks))
-    text = config.get("text_config")
-    depth = depth_of(text if isinstance(text, Mapping) else config)
+    depth = depth_of(config)
     fitting = [stack for stack, count in stacks.items() if count == depth and not _NOT_TEXT.search(stack)]
     if len(fitting) == 1:
         return fitting[0]
@@ -82,22 +83,7 @@ def sliced_stack(stacks: Mapping[str, int], config: Mapping[str, Any], where: st
 
 
 def depth_of(config: Mapping[str, Any]) -> int | None:
-    """The number of layers that a config states."""
-    return next((config[key] for key in _DEPTH_KEYS if isinstance(config.get(key), int)), None)
-
-
-def with_layers(config: Mapping[str, Any], old: int, chosen: list[int]) -> dict[str, Any]:
-    """The config of a model made of the layers `chosen` of one with `old` layers.
-
-    Counts of layers are replaced; lists with one value per layer (layer types, sliding windows)
-    follow their layers.
-    """
-    changed = dict(config)
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key == "text_config":
-            changed[key] = with_layers(value, old, chosen)
-        elif key in _DEPTH_KEYS and value == old:
-            changed[key] = len(chosen)
-        elif isinstance(value, list) and len(value) == old and "layer" in key:
-            changed[key] = [value[index] for index in chosen if index < old]
-    return changed
+    """The number of layers that a config, or its text config, states."""
+    text = config.get("text_config")
+    part = text if isinstance(text, Mapping) else config
+    return next((part[key] for key in DEPTH_KEYS if isinstance(part.get(key), int)), None)

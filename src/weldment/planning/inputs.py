@@ -1,0 +1,61 @@
+"""The models of one merge, their tensors brought under common names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weldment.checkpoint.model import Checkpoint, TensorEntry
+from weldment.methods import METHODS, Method
+from weldment.planning.names import align
+from weldment.recipe import experts_of
+from weldment.recipe.recipe import ModelInput, Recipe
+
+Aligned = Mapping[str, Mapping[str, TensorEntry]]
+"""By model reference: its tensors under the names of the reference model."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a merge starts from.
+
+    Attributes:
+        models: every model that the recipe names, opened.
+        experts: the merged models, in order.
+        base: the base that takes part in the arithmetic, None if there is none.
+        reference: the model that gives the tensors' names and their order, the configuration and the side files.
+        tensors: of every model, under the reference's names.
+        notes: how names were matched.
+    """
+
+    recipe: Recipe
+    method: Method
+    models: Mapping[str, Checkpoint]
+    experts: tuple[ModelInput, ...]
+    base: str | None
+    reference: str
+    tensors: Aligned
+    notes: tuple[str, ...]
+
+    @property
+    def participants(self) -> list[str]:
+        """The base, if it takes part, and the experts, each once."""
+        listed = [expert.model for expert in self.experts]
+        return list(dict.fromkeys([*([self.base] if self.base else []), *listed]))
+
+
+def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
+    """Find out what each model is in this merge and match the names of its tensors."""
+    method = METHODS[recipe.method]
+    experts = experts_of(recipe)
+    takes_part = method.base != "unused" and not method.base_is_model
+    reference = recipe.base_model or (recipe.slices[0].sources[0] if recipe.slices else experts[0]).model
+    wanted = {name: entry.shape for name, entry in models[reference].tensors.items()}
+    tensors: dict[str, Mapping[str, TensorEntry]] = {}
+    notes: list[str] = []
+    for model, checkpoint in models.items():
+        names, renames = align({name: entry.shape for name, entry in checkpoint.tensors.items()}, wanted)
+        tensors[model] = {names[name]: entry for name, entry in checkpoint.tensors.items()}
+        notes += [f"{model}: tensor names were matched to {reference} by prefix, {change}" for change in renames]
+    base = recipe.base_model if takes_part else None
+    return Inputs(recipe, method, models, tuple(experts), base, reference, tensors, tuple(notes))

@@ -1,0 +1,63 @@
+"""What a tensor is, told by its name: a head, token embeddings, a constant, a copy of another tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from weldment.checkpoint.model import TensorEntry
+
+Tensors = Mapping[str, TensorEntry]
+
+_HEAD = re.compile(r"(^|\.)(lm_head|lm_head\.decoder|embed_out|predictions\.decoder|vocab_projector)\.weight$")
+_INPUT = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings|backbone\.embeddings?|embedding)\.weight$"
+)
+_COPIES = (
+    (re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$"), r"\1shared.weight"),
+    (re.compile(r"(^|\.)predictions\.decoder\.bias$"), r"\1predictions.bias"),
+    (re.compile(r"(^|\.)lm_head\.decoder\.bias$"), r"\1lm_head.bias"),
+)
+"""Tensors that models of some families store twice: the copy's name, and the original's."""
+
+_OTHER_TOWER = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
+_RECOMPUTED = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias|attn\.bias"
+    r"|attention\.bias|causal_mask)$"
+)
+
+
+def is_recomputed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a constant that the model's code computes itself (positions, masks, frequencies)."""
+    return bool(_RECOMPUTED.search(name)) and not (name.endswith(".bias") and len(shape) < 3)
+
+
+def matches(patterns: Iterable[str], *names: str) -> bool:
+    """Whether one of the patterns (globs) fits one of the names, whole or from a dot on."""
+    return any(fnmatchcase(name, form) for pattern in patterns for form in (pattern, f"*.{pattern}") for name in names)
+
+
+def head_name(tensors: Iterable[str]) -> str | None:
+    """The output embedding's name, None if the model has none."""
+    return next((name for name in tensors if is_head(name)), None)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is an output embedding."""
+    return _HEAD.search(name) is not None
+
+
+def input_embedding(tensors: Iterable[str]) -> str | None:
+    """The name of the token embeddings, None if the model has none that is known by name."""
+    found = [name for name in tensors if _INPUT.search(name) and not _OTHER_TOWER.search(name)]
+    shared = [name for name in found if name.endswith("shared.weight")]
+    return next(iter(shared + found), None)
+
+
+def original_of(name: str) -> str | None:
+    """The tensor that this one repeats in models that store it twice; None for all others."""
+    for copy, original in _COPIES:
+        if copy.search(name):
+            return copy.sub(original, name)
+    return None
