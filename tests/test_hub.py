@@ -15,7 +15,7 @@ from hub_server import MEMBER, OUTSIDER, Client, HubServer, running_hub
 from weldment.checkpoint.hub import FIRST_BYTES, download, fetch, open_repo
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.opening import open_checkpoint
-from weldment.errors import CheckpointError, HubError
+from weldment.errors import CheckpointError, HubError, UserError
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
 TOKENIZER = b'{"version": "1.0"}'
@@ -290,3 +290,47 @@ def test_a_damaged_file_on_the_hub_is_named(hub: HubServer, client: Client) -> N
     hub.add("org/damaged", {"model.safetensors": save(weights(0, "w", size=256))[:-1]})
     with pytest.raises(CheckpointError, match=r"org/damaged@\w{8}: model.safetensors: tensor 'w': .*truncated"):
         client(open_repo, "org/damaged")
+
+
+def plan_and_merge(recipe: Mapping[str, object], out: Path) -> tuple[list[int], dict[str, object]]:
+    """Bytes that the plan says must be downloaded, and the manifest of the merge."""
+    import weldment
+
+    planned = weldment.plan(recipe)
+    missing = [file.size for model in planned.models.values() for file in model.weight_files if file.path is None]
+    weldment.merge(recipe, out)
+    return missing, json.loads((out / "weldment.json").read_text())
+
+
+def test_a_merge_of_hub_models(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Planned from headers, downloaded, merged; commits and SHA-256 of the inputs are in the manifest."""
+    first_files, first = sharded(10)
+    second_files, second = sharded(20)
+    commits = [hub.add("org/first", first_files), hub.add("org/second", second_files)]
+    recipe = {"models": [{"model": "org/first"}, {"model": "org/second@main"}], "merge_method": "linear"}
+    missing, manifest = client(plan_and_merge, recipe, tmp_path / "out")
+    assert sorted(missing) == sorted(len(f[n]) for f in (first_files, second_files) for n in f if n.endswith("tensors"))
+    merged = load((tmp_path / "out" / "model.safetensors").read_bytes())
+    for name, tensor in first.items():
+        expected = ((tensor.float() + second[name].float()) / 2).bfloat16()
+        assert torch.equal(merged[name], expected)
+    inputs = manifest["inputs"]
+    assert isinstance(inputs, dict)
+    assert [inputs[name]["revision"] for name in ("org/first", "org/second@main")] == commits
+    assert all(len(file["sha256"]) == 64 for model in inputs.values() for file in model["files"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- org/first\n- org/second\nbase_model_relation: merge" in card
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == TOKENIZER
+
+
+def test_a_bad_recipe_downloads_nothing(hub: HubServer, client: Client, home: Path, tmp_path: Path) -> None:
+    """Models that do not fit together are found before any weights are asked for."""
+    files, _ = sharded(30)
+    other = {**files, "model-00002-of-00002.safetensors": save(weights(31, "c.weight", "d.weight", size=1 << 17))}
+    hub.add("org/fits", files)
+    hub.add("org/misfit", other)
+    recipe = {"models": [{"model": "org/fits"}, {"model": "org/misfit"}], "merge_method": "linear"}
+    with pytest.raises(UserError, match="shape"):
+        client(plan_and_merge, recipe, tmp_path / "out")
+    assert not list(home.rglob("models--org--misfit/**/*.safetensors"))
+    assert not (tmp_path / "out").exists()

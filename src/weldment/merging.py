@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weldment.checkpoint.hub import download
 from weldment.checkpoint.layout import SHARD_BYTES
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.opening import open_checkpoint
@@ -119,21 +118,38 @@ def merge(
     recipes = load_recipes(recipe, overrides=overrides)
     models = open_models(recipes)
     target = Path(out)
-    _refuse_inputs(target, models)
-    check_output(target, overwrite=overwrite)
+    check_target(target, recipe, models, overwrite=overwrite)
     planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     machine, block = fit(planned, device, threads, max_memory)
     if not planned.is_local:
+        # Only models on the Hub need its library, which takes longer to import than to plan a merge.
+        from weldment.checkpoint.hub import download
+
         models = {reference: download(model) for reference, model in models.items()}
         planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
-    run = Run(planned, machine, block, progress or Silent(), allow_nonfinite)
-    with Staging(target, overwrite=overwrite) as staging:
-        checksums = run.into(staging, resume=resume)
+    progress = progress or Silent()
+    for note in planned.notes:
+        progress.message(f"note: {note}")
+    run = Run(planned, machine, block, progress, allow_nonfinite)
+    with Staging(target) as staging:
+        checksums = run.into(staging, overwrite=overwrite, resume=resume)
     return MergeResult(target, planned, checksums)
 
 
+def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Checkpoint], *, overwrite: bool) -> None:
+    """Check that an output may stand at `out`.
+
+    Raises:
+        OutputError: it cannot be made there, would replace the recipe or an input, or would become a part of one.
+    """
+    _refuse_inputs(out, models)
+    if isinstance(recipe, (str, Path)) and out.resolve() in Path(recipe).resolve().parents:
+        raise OutputError("the recipe lies inside the output folder", where=str(out), fix="Choose another folder")
+    check_output(out, overwrite=overwrite)
+
+
 def _refuse_inputs(out: Path, models: Mapping[str, Checkpoint]) -> None:
-    """Raise if the output would replace a folder that holds an input."""
+    """Raise if the output would replace a folder that holds an input, or be copied with one."""
     target = out.resolve()
     for reference, model in models.items():
         if model.root is None:
@@ -143,6 +159,8 @@ def _refuse_inputs(out: Path, models: Mapping[str, Checkpoint]) -> None:
             cause = f"the output is also an input ({reference})"
         elif target in root.parents:
             cause = f"an input ({reference}) lies inside the output folder"
+        elif root in target.parents and Path(reference).expanduser().is_dir():
+            cause = f"the output lies inside an input ({reference}), whose files are copied"
         else:
             continue
         raise OutputError(cause, where=str(out), fix="Choose another output folder")

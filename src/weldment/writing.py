@@ -7,21 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weldment.checkpoint.journal import Journal
+import torch
+
+from weldment.checkpoint.journal import Earlier, Journal
 from weldment.checkpoint.layout import INDEX
 from weldment.checkpoint.model import WeightFile
 from weldment.checkpoint.side_files import copy_side_files, write_json
-from weldment.checkpoint.staging import MANIFEST, Staging, free_bytes
+from weldment.checkpoint.staging import MANIFEST, Staging, free_bytes, is_published
 from weldment.engine.execute import Execution, execute
 from weldment.engine.progress import Progress
 from weldment.engine.run import Machine
 from weldment.errors import CheckpointError, OutputError
 from weldment.planning.plan import Plan
 from weldment.report.card import model_card
-from weldment.report.manifest import file_digest, manifest, write_manifest
+from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
+from weldment.version import __version__
 
 Checksums = Mapping[str, str]
 """Of tensors, by `file|name`."""
+
+_AGAIN = "Run the merge again when nobody writes the file any more"
+_AFRESH = {
+    "plan": "what an earlier run left belongs to another merge",
+    "inputs": "an input file is not the one that an earlier run read",
+    "versions": "an earlier run used other versions of weldment or torch",
+}
 
 
 @dataclass(frozen=True)
@@ -40,40 +50,44 @@ class Run:
     progress: Progress
     allow_nonfinite: bool = False
 
-    def into(self, staging: Staging, *, resume: bool = True) -> Checksums:
+    def into(self, staging: Staging, *, overwrite: bool = False, resume: bool = True) -> Checksums:
         """Write everything, going on where an earlier run of the same merge stopped, and publish it.
 
         Raises:
-            OutputError: there is not enough space.
+            OutputError: there is not enough space, or an output that must not be replaced.
             CheckpointError: an input changed meanwhile.
             MergeError: the merge failed.
         """
-        stamps = self._stamps()
-        journal = Journal(staging.journal, {"plan": self.plan.hash, "inputs": stamps})
-        finished = self._finished(staging, journal, resume)
-        self._check_space(staging, finished or {})
-        staging.folder.mkdir(parents=True, exist_ok=True)
-        journal.open(fresh=finished is None)
+        journal = Journal(staging.journal, self._identity())
+        earlier = journal.earlier() if resume else Earlier("resume")
+        if earlier.sealed and is_published(staging.out, earlier.sealed):
+            self.progress.message("an earlier run has already finished this merge")
+            staging.discard()
+            return read_manifest(staging.out)["tensors"]
+        staging.check(overwrite=overwrite)
+        self._prepare(staging, earlier)
+        journal.open(fresh=earlier.differs is not None)
         try:
-            checksums = self._execute(staging, journal, finished or {})
+            checksums = self._execute(staging, journal, earlier.finished)
+            self._refuse_changes()
+            complete(self.plan, staging.folder, checksums)
+            journal.seal(staging.seal())
         finally:
             journal.close()
-        if self._stamps() != stamps:
-            raise CheckpointError("an input file changed while it was merged", fix="Run the merge again")
-        complete(self.plan, staging.folder, checksums)
         staging.publish()
         return checksums
 
-    def _finished(self, staging: Staging, journal: Journal, resume: bool) -> Checksums | None:
-        """What an earlier run wrote; None, and nothing left of that run, if this one starts afresh."""
-        finished = journal.finished() if resume else None
-        if finished is None:
-            if staging.journal.exists():
-                self.progress.message("what an earlier run left belongs to another merge; starting afresh")
+    def _prepare(self, staging: Staging, earlier: Earlier) -> None:
+        """Say what an earlier run left, and keep of it what is of use."""
+        if earlier.differs in _AFRESH:
+            self.progress.message(f"{_AFRESH[earlier.differs]}; starting afresh")
+        elif earlier.finished:
+            self.progress.message(f"resuming: {len(earlier.finished)} tensors are done")
+        if earlier.differs is not None:
             staging.clear()
-        elif finished:
-            self.progress.message(f"resuming: {len(finished)} tensors are done")
-        return finished
+        staging.folder.mkdir(parents=True, exist_ok=True)
+        staging.tidy({file.name for file in self.plan.layout.files})
+        self._check_space(staging)
 
     def _execute(self, staging: Staging, journal: Journal, finished: Checksums) -> Checksums:
         """All intermediate merges, then the final one; its checksums."""
@@ -99,28 +113,37 @@ class Run:
             execute(stage, replace(whole, folder=staging.stages / name, label=f"{name}:", machine=machine))
         return execute(self.plan, whole)
 
-    def _stamps(self) -> dict[str, list[list[Any]]]:
-        """Size and modification time of every input file as they are now."""
-        found: dict[str, list[list[Any]]] = {}
-        for plan in (*self.plan.stages, self.plan):
-            for reference, model in plan.models.items():
-                stats = [(file.name, file.path.stat()) for file in model.weight_files if file.path is not None]
-                found[reference] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        return found
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for this run to go on where another stopped."""
+        return {
+            "plan": self.plan.hash,
+            "inputs": sorted([str(path), *(file.stamp or ())] for path, file in self._inputs().items()),
+            "versions": [__version__, torch.__version__],
+        }
 
-    def _check_space(self, staging: Staging, finished: Checksums) -> None:
+    def _inputs(self) -> dict[Path, WeightFile]:
+        models = [model for plan in (*self.plan.stages, self.plan) for model in plan.models.values()]
+        return {file.path: file for model in models for file in model.weight_files if file.path is not None}
+
+    def _refuse_changes(self) -> None:
+        """CheckpointError if an input file is not what it was when its header was read."""
+        for path, file in self._inputs().items():
+            try:
+                stat = path.stat()
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    "the file was removed while it was merged", where=str(path), fix=_AGAIN
+                ) from error
+            if (stat.st_size, stat.st_mtime_ns) != file.stamp:
+                raise CheckpointError("the file was changed while it was merged", where=str(path), fix=_AGAIN)
+
+    def _check_space(self, staging: Staging) -> None:
         needed = sum(plan.write_bytes for plan in (*self.plan.stages, self.plan))
         present = sum(path.stat().st_blocks * 512 for path in staging.root.rglob("*") if path.is_file())
         free = free_bytes(staging.root)
-        if needed <= free + present:
-            return
-        if not finished:
-            staging.discard()
-        raise OutputError(
-            f"not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            where=str(staging.out),
-            fix="Free some space or choose another disk",
-        )
+        if needed > free + present:
+            cause = f"not enough disk space: {(needed - present) / 1e6:.0f} MB to write, {free / 1e6:.0f} MB free"
+            raise OutputError(cause, where=str(staging.out), fix="Free some space, or choose another disk")
 
 
 def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:

@@ -2,7 +2,8 @@
 
 One line of JSON for each finished tensor, after a first line that says which merge it belongs to.
 A line is written in one call after the tensor's bytes were written, so a line that is there in
-full is true; a line cut short by a kill is ignored.
+full is true; a line cut short by a kill is ignored. A last line tells that the output is complete
+and how it will be known once it is in its place.
 """
 
 from __future__ import annotations
@@ -10,8 +11,26 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left.
+
+    Attributes:
+        differs: None if its merge was the same one; otherwise the part of the identity that is
+            another one, or "" if there is no journal.
+        finished: checksums of the tensors that it finished, empty if its merge was another.
+        sealed: the mark of its complete output, None if it did not get that far.
+    """
+
+    differs: str | None
+    finished: Mapping[str, str] = field(default_factory=dict)
+    sealed: str | None = None
 
 
 class Journal:
@@ -19,35 +38,44 @@ class Journal:
 
     Args:
         path: the journal's file.
-        identity: what must be equal for earlier records to count: plan hash and the inputs' stamps.
+        identity: what must be equal for earlier records to count, by the name of each part.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self._path = path
-        self._identity = identity
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._lock = threading.Lock()
         self._descriptor = -1
 
-    def finished(self) -> dict[str, str] | None:
-        """Checksums of finished tensors; None if there is no journal of this merge."""
+    def earlier(self) -> Earlier:
+        """What the file says of an earlier run."""
         try:
             lines = self._path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
-            return None
-        records = [record for line in lines if (record := _parse(line)) is not None]
-        if not records or records[0] != json.loads(json.dumps(self._identity)):
-            return None
-        return {record["tensor"]: record["checksum"] for record in records[1:] if "tensor" in record}
+            return Earlier("")
+        identity = _parse(lines[0]) if lines else {}
+        differs = next((part for part in self._identity if identity.get(part) != self._identity[part]), None)
+        if differs is not None:
+            return Earlier(differs)
+        records = [_parse(line) for line in lines[1:]]
+        finished = {r["tensor"]: r["checksum"] for r in records if r.keys() == {"tensor", "checksum"}}
+        return Earlier(None, finished, next((r["sealed"] for r in reversed(records) if "sealed" in r), None))
 
     def open(self, *, fresh: bool) -> None:
         """Begin to append; `fresh` discards earlier records."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
         self._descriptor = os.open(self._path, flags, 0o644)
-        self._append(self._identity) if fresh else os.write(self._descriptor, b"\n")
+        # The line feed ends a line that was cut short.
+        self._append(json.dumps(self._identity) if fresh else "")
 
     def record(self, tensor: str, checksum: str) -> None:
         """Note that a tensor is written."""
-        self._append({"tensor": tensor, "checksum": checksum})
+        self._append(json.dumps({"tensor": tensor, "checksum": checksum}))
+
+    def seal(self, mark: str) -> None:
+        """Note, durably, that the output is complete."""
+        self._append(json.dumps({"sealed": mark}))
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Stop appending."""
@@ -55,15 +83,16 @@ class Journal:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+    def _append(self, text: str) -> None:
+        data = memoryview(text.encode() + b"\n")
         with self._lock:
-            os.write(self._descriptor, line)
+            while data:
+                data = data[os.write(self._descriptor, data) :]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,102 +1,277 @@
 """The output folder while it is being made, and how it becomes OUT in one step.
 
 `OUT.partial/` holds `out/` (what will be OUT), `stages/` (intermediate merges), the journal and a
-lock. `out/` is renamed to OUT when it is complete, so OUT is either absent, as it was, or whole.
+lock. When `out/` is complete and on disk, one rename makes it OUT, so OUT is absent, as it was, or
+whole. A folder that is to be replaced changes places with `out/` in one step where the system can
+do that; where it cannot, it waits in `old/` between two renames, and the next run puts it back if
+the second one never happened.
+
+The journal is the last thing to go: as long as it is there, a run can tell how far an earlier one got.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 from weldment.checkpoint.layout import Layout
-from weldment.errors import MergeError, OutputError
+from weldment.errors import MergeError, OutputError, UserError
 
 MANIFEST = "weldment.json"
 
+_OWN = frozenset({"out", "old", "stages", "journal", "lock"})
+_MODEL_FILES = (MANIFEST, "config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
 
 class Staging:
-    """The place beside OUT where the output is made; a context manager that holds its lock."""
+    """The place beside OUT where the output is made; a context manager that holds its lock.
 
-    def __init__(self, out: Path, *, overwrite: bool) -> None:
-        self.out = Path(os.path.abspath(out))
-        self.overwrite = overwrite
-        self.root = self.out.with_name(self.out.name + ".partial")
+    What was done stays for the next run, unless nothing was, or the user's input is at fault and
+    the next run will be another merge.
+
+    Args:
+        out: the output folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.realpath(out))
+        self.root = partial_folder(out)
         self.folder = self.root / "out"
         self.stages = self.root / "stages"
+        self._old = self.root / "old"
         self._lock = -1
 
     def __enter__(self) -> Staging:
-        check_output(self.out, overwrite=self.overwrite)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._claim()
+            self._settle()
         except OSError as error:
+            self._release()
             raise unwritable(self.out, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise OutputError(
-                "another merge is writing this output", where=str(self.out), fix="Wait for it, or choose another folder"
-            ) from error
+        except OutputError:
+            self._release()
+            raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._lock)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_final = isinstance(error, UserError) and not isinstance(error, OutputError)
+        if is_final or (error is not None and not self.journal.exists()):
+            self.discard()
+        self._release()
+        if isinstance(error, OSError):
+            raise full_disk(error, Path(error.filename or self.out)) from error
 
     @property
     def journal(self) -> Path:
+        """The record of what is finished."""
         return self.root / "journal"
+
+    def check(self, *, overwrite: bool) -> None:
+        """OutputError if OUT cannot be replaced; what an earlier run left does not matter any more."""
+        _check_target(self.out, self.out, overwrite)
 
     def clear(self) -> None:
         """Remove what an earlier run left, all but the lock."""
+        self.journal.unlink(missing_ok=True)
         for path in (self.folder, self.stages):
             shutil.rmtree(path, ignore_errors=True)
-        self.journal.unlink(missing_ok=True)
+
+    def tidy(self, keep: Collection[str]) -> None:
+        """Remove every file of `out/` that is not in `keep`: an earlier run may have got further."""
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.folder).as_posix() not in keep:
+                path.unlink()
 
     def discard(self) -> None:
-        """Remove everything: the merge will not be resumed."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove everything: nothing will be resumed."""
+        for path in (self.folder, self._old, self.stages):
+            shutil.rmtree(path, ignore_errors=True)
+        self.journal.unlink(missing_ok=True)
+        (self.root / "lock").unlink(missing_ok=True)
+        # Without the lock's file the next run may already be here, and the folder is its own.
+        with suppress(OSError):
+            self.root.rmdir()
+
+    def seal(self) -> str:
+        """Make `out/` durable; returns the mark by which OUT is known once it is published."""
+        sync_tree(self.folder)
+        return seal_mark(self.folder)
 
     def publish(self) -> None:
-        """Make `out/` durable and rename it to OUT."""
-        sync_tree(self.folder)
+        """Put a sealed `out/` in the place of OUT and remove the rest."""
         try:
-            if self.out.exists() and any(self.out.iterdir()):
-                old = self.root / "old"
-                os.rename(self.out, old)
-                os.rename(self.folder, self.out)
-            else:
-                os.rename(self.folder, self.out)
+            self._replace()
+            sync(self.out.parent)
         except OSError as error:
             raise unwritable(self.out, error) from error
-        sync_folder(self.out.parent)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self.discard()
+
+    def _replace(self) -> None:
+        if not self.out.exists() or not any(self.out.iterdir()):
+            self.folder.rename(self.out)
+        elif not exchange(self.folder, self.out):
+            self.out.rename(self._old)
+            self.folder.rename(self.out)
+
+    def _claim(self) -> None:
+        """Make the folder and take its lock."""
+        while True:
+            self._refuse_strangers()
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # another run has just published and removed the folder
+            self._take_lock()
+            if self._is_current():
+                return
+            self._release()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "another merge is writing this output",
+                where=str(self.out),
+                fix="Wait until it is done, or choose another folder",
+            ) from error
+        except OSError as error:
+            # Some network file systems have no locks; a merge without one is better than none.
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+
+    def _is_current(self) -> bool:
+        """Whether the locked file is still the one at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), (self.root / "lock").stat())
+        except FileNotFoundError:
+            return False
+
+    def _refuse_strangers(self) -> None:
+        """Everything in the folder will be removed at the end, so it must be our own."""
+        if not os.path.lexists(self.root):
+            return
+        is_ours = self.root.is_dir() and not self.root.is_symlink()
+        strangers = sorted(path.name for path in self.root.iterdir() if path.name not in _OWN) if is_ours else []
+        if strangers or not is_ours:
+            what = f"holds {strangers[0]!r}, which" if strangers else "is there and"
+            raise OutputError(
+                f"the merge needs this path for its work, but it {what} is not of a merge",
+                where=str(self.root),
+                fix="Move it away, or choose another output folder",
+            )
+
+    def _settle(self) -> None:
+        """Finish a replacement that was cut off between two renames."""
+        if self._old.exists():
+            if self.out.exists():
+                shutil.rmtree(self._old, ignore_errors=True)
+            else:
+                self._old.rename(self.out)
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raise if OUT cannot be made: a file, not empty without `overwrite`, or not writable."""
-    if out.exists() and not out.is_dir():
-        raise OutputError("the output is a file, not a folder", where=str(out), fix="Choose another path")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise OutputError(
-            "the output folder is not empty",
-            where=str(out),
-            fix="Choose another folder, or pass --overwrite to replace it",
-        )
-    parent = next(path for path in (out, *out.parents) if path.exists())
+    """Check that OUT can be made.
+
+    Raises:
+        OutputError: a file, a mount point, not empty (without `overwrite`), not a model's folder
+            (with it), or not writable.
+    """
+    target = Path(os.path.realpath(out))
+    try:
+        # What an earlier run left may be OUT itself; `Staging` finds out.
+        _check_target(target, out, overwrite or is_unfinished(out))
+        parent = next(path for path in target.parents if os.path.lexists(path))
+    except OSError as error:
+        raise unwritable(out, error) from error
     if not parent.is_dir():
         raise OutputError("a part of the output's path is a file", where=str(parent), fix="Choose another path")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("no permission to write here", where=str(parent), fix="Choose another folder")
 
 
+def _check_target(target: Path, out: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError("the output is a file, not a folder", where=str(out), fix="Choose another path")
+    if os.path.ismount(target):
+        cause = "the output is a mount point, which cannot be replaced in one step"
+        raise OutputError(cause, where=str(out), fix=f"Choose a folder in it, such as {out / 'merged'}")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        fix = "Choose another folder, or pass --overwrite to replace it"
+        raise OutputError("the output folder is not empty", where=str(out), fix=fix)
+    if not any(next(target.glob(pattern), None) for pattern in _MODEL_FILES):
+        cause = "the output folder holds other things than a model, and --overwrite would delete them"
+        raise OutputError(cause, where=str(out), fix="Choose another folder, or delete this one yourself")
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether an earlier run left its journal; then only `Staging` can tell what OUT is."""
+    return partial_folder(out).joinpath("journal").exists()
+
+
+def partial_folder(out: Path) -> Path:
+    """`OUT.partial`, beside what OUT really is: a link stays, and what it points to is replaced."""
+    real = Path(os.path.realpath(out))
+    return real.with_name(real.name + ".partial")
+
+
+def is_published(out: Path, mark: str) -> bool:
+    """Whether OUT is the folder that was sealed with this mark."""
+    try:
+        return seal_mark(out) == mark
+    except OSError:
+        return False
+
+
+def seal_mark(folder: Path) -> str:
+    """Tells a complete output from all others, by any name: its manifest's digest, and its inode.
+
+    The manifest has checksums of all that lies beside it, but an output that is made again has
+    the same manifest as the one it replaces.
+    """
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return f"{digest} {folder.stat().st_ino}"
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system has no way to do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+
+
 def unwritable(out: Path, error: OSError) -> OutputError:
     """The error for a folder that the system will not let us write."""
+    if error.errno in _NO_SPACE:
+        return OutputError("the disk is full", where=str(out), fix="Free some space, or choose another disk")
     return OutputError(
         f"the output cannot be written: {error.strerror or error}",
         where=str(error.filename or out),
@@ -104,15 +279,13 @@ def unwritable(out: Path, error: OSError) -> OutputError:
     )
 
 
-def full_disk(error: OSError, where: Path) -> MergeError | OutputError:
+def full_disk(error: OSError, where: Path) -> MergeError:
     """The error for a write that failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MergeError(
-            "the disk is full",
-            where=str(where),
-            fix="Free some space and run the same command again; it will go on from here",
-        )
-    return MergeError(f"writing failed: {error.strerror or error}", where=str(where))
+    if error.errno in _NO_SPACE:
+        fix = "Free some space and run the same command again; it will go on from here"
+        return MergeError("the disk is full", where=str(where), fix=fix)
+    fix = "Check the disk and run the same command again; it will go on from here"
+    return MergeError(f"reading or writing failed: {error.strerror or error}", where=str(where), fix=fix)
 
 
 def free_bytes(path: Path) -> int:
@@ -124,7 +297,7 @@ def free_bytes(path: Path) -> int:
 class OutputFiles:
     """Weight files created at their full size with their headers, open for writing at any place."""
 
-    def __init__(self, folder: Path, layout: Layout, *, fresh: bool) -> None:
+    def __init__(self, folder: Path, layout: Layout) -> None:
         self._folder = folder
         self._descriptors: dict[str, int] = {}
         try:
@@ -133,9 +306,8 @@ class OutputFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 self._descriptors[file.name] = descriptor
-                if fresh or os.fstat(descriptor).st_size != file.size:
-                    os.ftruncate(descriptor, file.size)
-                os.pwrite(descriptor, file.header, 0)
+                os.ftruncate(descriptor, file.size)
+                self.write(file.name, 0, memoryview(file.header))
         except OSError as error:
             self.close()
             raise full_disk(error, folder) from error
@@ -160,9 +332,9 @@ class OutputFiles:
         self._descriptors = {}
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -173,9 +345,5 @@ def sync_tree(folder: Path) -> None:
     """Make every file below a folder, and the folders, durable."""
     for root, _, files in os.walk(folder):
         for name in files:
-            descriptor = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
 
 import typer
 
 from weldment.cli import merge, methods, plan, verify
+from weldment.cli.console import complain, interruptible
 from weldment.errors import WeldmentError
 from weldment.version import __version__
 
@@ -17,12 +19,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command("merge")(merge.command)
-app.command("plan")(plan.command)
-app.command("methods")(methods.command)
-app.command("verify")(verify.command)
+for _name, _command in {
+    "merge": merge.command,
+    "plan": plan.command,
+    "methods": methods.command,
+    "verify": verify.command,
+}.items():
+    app.command(_name)(interruptible(_command))
 
 
 def _version(wanted: bool) -> None:
@@ -36,27 +42,29 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback with every error; may stand anywhere.")
+    ] = False,
 ) -> None:
     """Options that stand before the subcommand."""
 
 
-def main() -> None:
-    """Run the command line: exit code 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
-    debug = "--debug" in sys.argv
-    # --debug may stand anywhere; the root option only documents it.
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    try:
-        app()
-    except WeldmentError as error:
-        if debug:
-            raise
-        from weldment.cli.console import complain
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line.
 
+    Args:
+        arguments: those of the process by default.
+
+    Raises:
+        SystemExit: with code 0 (done), 1 (failed), 2 (the user's mistake) or 130 (interrupted).
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        # The root command only documents --debug, so that it may stand after the subcommand too.
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="weld")
+    except WeldmentError as error:
+        if "--debug" in given:
+            raise
         complain(error)
         sys.exit(error.exit_code)
-    except BaseException as error:
-        if debug or type(error).__name__ != "Interrupted":
-            raise
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        sys.exit(130)
+    sys.exit(0)

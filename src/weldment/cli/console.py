@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
-import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
 
 from weldment.errors import UserError, WeldmentError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+INTERRUPTED = 130
 
 
 def parse_size(text: str, option: str) -> int:
@@ -17,10 +24,11 @@ def parse_size(text: str, option: str) -> int:
     Raises:
         UserError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0.0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    number = 0 if match is None else float(match[1]) * _UNITS.get(match[2].upper(), 0)
+    if not 1 <= number < math.inf:
         raise UserError(f"{text!r} is not a size", where=option, fix="Write it like 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(number)
 
 
 def size(nbytes: float) -> str:
@@ -40,26 +48,60 @@ def count(number: int) -> str:
     return str(number)
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
-    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def columns(rows: Sequence[Sequence[str]], width: int, right: Sequence[int] = ()) -> list[str]:
+    """Lines of aligned cells, two spaces apart; the last cell goes on below itself where it exceeds `width`.
+
+    Args:
+        rows: cells, equally many in each row.
+        width: of the terminal.
+        right: indices of the columns that are aligned to the right.
+    """
+    from textwrap import wrap
+
+    *firsts, _ = [max(map(len, cells)) for cells in zip(*rows, strict=True)] or [0]
+    start = sum(firsts) + 2 * len(firsts)
+    lines: list[str] = []
+    for *cells, last in rows:
+        padded = [c.rjust(w) if n in right else c.ljust(w) for n, (c, w) in enumerate(zip(cells, firsts, strict=True))]
+        first, *rest = wrap(last, max(24, width - start), break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"{'  '.join([*padded, first])}".rstrip(), *(" " * start + line for line in rest)]
+    return lines
 
 
 def complain(error: WeldmentError) -> None:
-    """Print an error: cause, place, fix."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), error.cause))
-    if error.where:
-        console.print(Text.assemble(("  at:  ", "dim"), error.where))
+    """Print an error to standard error: place, cause, fix."""
+    place = typer.style(f"{error.where}: ", bold=True) if error.where else ""
+    typer.echo(f"{typer.style('error: ', fg='red', bold=True)}{place}{error.cause}", err=True)
     if error.fix:
-        console.print(Text.assemble(("  fix: ", "dim"), error.fix))
-    sys.stderr.flush()
+        typer.echo(f"{typer.style('  fix: ', dim=True)}{error.fix}", err=True)
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with a sentence and exit code 130 for Ctrl-C; the interrupt's text says what to do next."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(": ".join(["interrupted", *map(str, interrupt.args)]), err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run

@@ -5,100 +5,119 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from weldment.cli.console import duration, size
 from weldment.engine.progress import Progress, Silent
 
-_LINE_EVERY = 10.0
+if TYPE_CHECKING:
+    from rich.text import Text
+
+LINE_EVERY = 10.0
+"""Seconds between plain lines."""
+
+_BAR = 12
+
+
+class Meter:
+    """How far a merge is: counts bytes from many threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.begin(0, 0)
+
+    def begin(self, total: int, done: int) -> None:
+        """So many bytes are to read in all; those that an earlier run dealt with do not count for the rate."""
+        self.total, self.done, self._before = total, done, done
+        self.tensor = ""
+        self._start = self._clock()
+
+    def add(self, tensor: str, nbytes: int) -> None:
+        """So many more were read."""
+        with self._lock:
+            self.done += nbytes
+            self.tensor = tensor
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return min(1.0, self.done / self.total) if self.total else 1.0
+
+    def words(self) -> str:
+        """` 45%  4.5 GB of 9.9 GB, 1.20 GB/s, 4.5 s left`."""
+        rate = (self.done - self._before) / max(self._clock() - self._start, 1e-9)
+        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else "? left"
+        last = "finishing" if self.done >= self.total else left
+        return f"{self.share:4.0%}  {size(self.done)} of {size(self.total)}, {rate / 1e9:.2f} GB/s, {last}"
 
 
 class Plain:
     """A line at the start, one every ten seconds, and one for each message."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
-        self._lock = threading.Lock()
-        self._total = self._done = self._begun = 0
-        self._start = self._last = time.monotonic()
+        self._clock = clock
+        self._meter = Meter(clock)
+        self._next = 0.0
 
     def begin(self, total_bytes: int, done_bytes: int) -> None:
         """Say how much there is to read."""
-        self._total, self._done, self._begun = total_bytes, done_bytes, done_bytes
-        self._start = self._last = time.monotonic()
-        self._say(f"merging  {size(total_bytes)} to read")
+        self._meter.begin(total_bytes, done_bytes)
+        self._next = self._clock() + LINE_EVERY
+        left = f", {size(done_bytes)} of it done" if done_bytes else ""
+        self.message(f"merging: {size(total_bytes)} to read{left}")
 
     def advance(self, tensor: str, nbytes: int) -> None:
         """Count, and speak up every ten seconds."""
-        with self._lock:
-            self._done += nbytes
-            now = time.monotonic()
-            if now - self._last < _LINE_EVERY:
-                return
-            self._last = now
-        rate = (self._done - self._begun) / max(now - self._start, 1e-9)
-        left = duration((self._total - self._done) / rate) if rate > 0 else "?"
-        self._say(f"{self._done / max(1, self._total):4.0%}  {rate / 1e9:.2f} GB/s  {left} left  {tensor}")
+        self._meter.add(tensor, nbytes)
+        if self._clock() >= self._next:
+            self._next = self._clock() + LINE_EVERY
+            self.message(f"{self._meter.words()}  {tensor}")
 
     def message(self, text: str) -> None:
         """Print it."""
-        self._say(text)
-
-    def _say(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
 
 
 class Live:
-    """One line that is redrawn: bar, bytes, GB/s, time left, current tensor."""
+    """One line that is redrawn: bar, share, bytes, GB/s, time left, current tensor."""
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.console import Console
+        from rich.live import Live as Display
 
-        self._rich = Progress(
-            TextColumn("merging"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[tensor]}", markup=True),
-            transient=True,
+        self._meter = Meter()
+        self._display = Display(
+            console=Console(stderr=True), get_renderable=self._line, transient=True, refresh_per_second=8
         )
-        self._task = None
-
-    def __enter__(self) -> Live:
-        return self
 
     def close(self) -> None:
         """Remove the line."""
-        self._rich.stop()
+        self._display.stop()
 
     def begin(self, total_bytes: int, done_bytes: int) -> None:
-        """Show the bar."""
-        self._rich.start()
-        if self._task is not None:
-            self._rich.remove_task(self._task)
-        self._task = self._rich.add_task("", total=total_bytes, completed=done_bytes, tensor="")
+        """Show the line."""
+        self._meter.begin(total_bytes, done_bytes)
+        self._display.start()
 
     def advance(self, tensor: str, nbytes: int) -> None:
         """Move the bar."""
-        if self._task is not None:
-            self._rich.update(self._task, advance=nbytes, tensor=tensor)
+        self._meter.add(tensor, nbytes)
 
     def message(self, text: str) -> None:
-        """Print it above the bar."""
-        self._rich.console.print(text, highlight=False, markup=False)
+        """Print it above the line."""
+        self._display.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self) -> Text:
+        from rich.text import Text
+
+        full = int(self._meter.share * _BAR)
+        parts = [("━" * full, "green"), ("━" * (_BAR - full), "bright_black"), f" {self._meter.words()}  "]
+        return Text.assemble(*parts, (self._meter.tensor, "dim"), no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager

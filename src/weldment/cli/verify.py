@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from weldment.cli.merge import JsonOption
+from weldment.cli.merge import JsonOption, QuietOption, ThreadsOption
 
 
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `weld merge` wrote.", show_default=False)],
-    threads: Annotated[int | None, typer.Option(help="Worker threads.", show_default="all processors")] = None,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a merged model still is what was written: every tensor, every file."""
-    from weldment.cli.console import size
-    from weldment.verification import verify
+    """Check that a merged model still is what was written.
 
-    found = verify(out, threads=threads)
+    Every tensor and every file is read and compared with the checksums of the merge.
+    """
+    import json
+
+    from weldment.cli.console import plural, size
+    from weldment.verification import compare, require_unchanged
+
+    found = compare(out, threads=threads)
     if as_json:
-        typer.echo(json.dumps({"ok": True, "tensors": found.tensors, "files": found.files, "bytes": found.nbytes}))
-    else:
-        typer.echo(f"ok  {found.tensors} tensors, {found.files} files, {size(found.nbytes)}")
+        record = {"ok": not found.problems, "tensors": found.tensors, "files": found.files, "bytes": found.nbytes}
+        typer.echo(json.dumps({**record, "problems": found.problems}, indent=1))
+    require_unchanged(out, found)
+    if not quiet and not as_json:
+        typer.echo(f"ok: {plural(found.tensors, 'tensor')}, {plural(found.files, 'file')}, {size(found.nbytes)}")

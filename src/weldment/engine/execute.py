@@ -83,7 +83,7 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
     """
     slots = {(_file(slot), slot.name): slot for slot in plan.layout.slots}
     with ExitStack() as stack:
-        files = OutputFiles(run.folder, plan.layout, fresh=not run.finished)
+        files = OutputFiles(run.folder, plan.layout)
         stack.callback(files.close)
         inputs = _Inputs(stack, run.find)
         works = [_work(job, slots[job.file, job.name], inputs, files, run.block) for job in plan.jobs]

@@ -34,7 +34,7 @@ class _State(Generic[W]):
     stopped: bool = False
 
 
-class Interrupted(BaseException):
+class Interrupted(KeyboardInterrupt):
     """Raised by `run` after `stop` was called: the running tasks were finished, the others not begun."""
 
 

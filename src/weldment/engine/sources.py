@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weldment.checkpoint.dtypes import ITEM_BYTES, TORCH
 from weldment.engine.workspace import Workspace
-from weldment.errors import CheckpointError
+from weldment.errors import CheckpointError, MergeError
 
 
 class Source(Protocol):
@@ -43,7 +43,10 @@ class FileSource:
         view = buffer.numpy().data
         position, end = 0, count * size
         while position < end:
-            got = os.preadv(self.descriptor, [view[position:]], self.offset + start * size + position)
+            try:
+                got = os.preadv(self.descriptor, [view[position:]], self.offset + start * size + position)
+            except OSError as error:
+                raise MergeError(f"reading failed: {error.strerror}", where=str(self.path)) from error
             if got == 0:
                 raise CheckpointError(
                     f"the file ended inside tensor {self.name!r}; it was changed or truncated while it was read",

@@ -205,9 +205,10 @@ def check_della(*, density: Sequence[float], epsilon: Sequence[float], **_: obje
     """Keep probabilities must lie in (0, 1]."""
     for d, e in zip(density, epsilon, strict=True):
         if d - e <= 0.0 or d + e > 1.0 + 1e-9:
+            limit = f"must be below {d:g}" if d <= 0.5 else f"can be at most {1.0 - d:g}"
             raise ValueError(
                 f"density {d:g} with epsilon {e:g} gives keep probabilities from {d - e:g} to {d + e:g}, "
-                f"outside (0, 1]; epsilon can be at most {max(0.0, min(d, 1.0 - d)):g}"
+                f"outside (0, 1]; epsilon {limit}"
             )
 
 

@@ -19,8 +19,6 @@ from weldment.planning.sorting import Found, Sorted
 from weldment.recipe import resolve
 
 CONSTANT = "a constant that the model's code computes"
-_MANY = 20
-"""More problems than this are cut down to one of each kind: the same bad value meets many tensors."""
 
 
 @dataclass
@@ -45,8 +43,8 @@ def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Job
             except RecipeError as error:
                 made.problems.append(error)
     made.problems += misfits.problems()
-    if len(made.problems) > _MANY:
-        made.problems = list({problem.cause: problem for problem in made.problems}.values())
+    # The same bad value meets many tensors; the first of them stands for all.
+    made.problems = list({problem.cause: problem for problem in reversed(made.problems)}.values())[::-1]
     return made
 
 

@@ -73,7 +73,7 @@ class Misfits:
     def _foreign(self, model: str) -> PlanError | None:
         """Another kind of model, or number of layers, explains everything else that is wrong with a model."""
         reference = self._inputs.reference
-        wrong = [n for n, absence in self._absent.items() if model in absence[1]]
+        wrong = [n for n, (_, absent) in self._absent.items() if (model in absent) != (reference in absent)]
         wrong += [n for n, shapes in self._shapes.items() if shapes.get(model) != shapes.get(reference)]
         if model == reference or not wrong:
             return None

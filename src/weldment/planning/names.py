@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,50 +48,55 @@ def align(names: Shapes, reference: Shapes) -> tuple[dict[str, str], tuple[Renam
 
 def _best_rename(loose: Shapes, free: Shapes) -> Rename | None:
     """The replacement that matches most names; those whose shapes are equal count first."""
-    by_tail: dict[str, list[str]] = {}
-    for name in sorted(free):
-        for tail in _tails(name):
-            by_tail.setdefault(tail, []).append(name)
     exact: Counter[Rename] = Counter()
     votes: Counter[Rename] = Counter()
+    renames = _possible_renames(loose, free)
     for name, shape in loose.items():
-        for rename, other in _candidates(name, shape, by_tail, free).items():
+        for rename, other in _candidates(name, shape, renames, free).items():
             votes[rename] += 1
             exact[rename] += free[other] == shape
     ranked = sorted(votes, key=lambda rename: (-exact[rename], -votes[rename], rename.old, rename.new))
-    for place, best in enumerate(ranked):
-        rivals = [r for r in ranked[:place] + ranked[place + 1 :] if r.old == best.old or r.new == best.new]
-        if votes[best] >= min(2, len(loose)) and all(
-            (exact[rival], votes[rival]) < (exact[best], votes[best]) for rival in rivals
-        ):
+    for best in ranked:
+        rivals = [rename for rename in ranked if rename != best and (rename.old == best.old or rename.new == best.new)]
+        is_first = all((exact[rival], votes[rival]) < (exact[best], votes[best]) for rival in rivals)
+        if is_first and votes[best] >= min(2, len(loose)):
             return best
     return None
 
 
+def _possible_renames(loose: Iterable[str], free: Iterable[str]) -> dict[str, list[Rename]]:
+    """By old prefix: the replacements that only add, remove or reorder parts."""
+    news = sorted({prefix for name in free for prefix, _ in _splits(name)})
+    olds = {prefix for name in loose for prefix, _ in _splits(name)}
+    return {old: [Rename(old, new) for new in news if _same_parts(old, new)] for old in olds}
+
+
 def _candidates(
-    name: str, shape: tuple[int, ...], by_tail: Mapping[str, list[str]], free: Shapes
+    name: str, shape: tuple[int, ...], renames: Mapping[str, list[Rename]], free: Shapes
 ) -> dict[Rename, str]:
-    """The prefix changes that would give this name a partner, from its longest common tail, with the partner."""
-    for tail in _tails(name):
+    """The replacements that would give this name a partner, with the partner; of the shortest prefix that has any."""
+    for prefix, tail in _splits(name):
         found = {
-            Rename(name[: -len(tail)], other[: -len(tail)]): other
-            for other in by_tail.get(tail, ())
-            if len(free[other]) == len(shape) and _same_parts(name[: -len(tail)], other[: -len(tail)])
+            rename: other
+            for rename in renames[prefix]
+            if (other := rename.new + tail) in free and len(free[other]) == len(shape)
         }
         if found:
             return found
     return {}
 
 
-def _tails(name: str) -> list[str]:
-    """The name without its first 0, 1, 2, ... parts; at least two parts (or the whole name) remain."""
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Prefix and tail: the prefix ends before the first number, the tail has at least two parts (or is all)."""
     parts = name.split(".")
-    return [".".join(parts[n:]) for n in range(0, max(1, len(parts) - 1))]
+    for length in range(max(1, len(parts) - 1)):
+        prefix = parts[:length]
+        if prefix and prefix[-1].isdecimal():
+            return
+        yield "".join(f"{part}." for part in prefix), ".".join(parts[length:])
 
 
 def _same_parts(old: str, new: str) -> bool:
-    """Whether one prefix consists of parts of the other, and no part is a layer number."""
+    """Whether one prefix consists of parts of the other."""
     first, second = Counter(old.split(".")), Counter(new.split("."))
-    del first[""], second[""]
-    small, large = sorted((first, second), key=lambda parts: sum(parts.values()))
-    return not small - large and not any(part.isdigit() for part in large)
+    return first <= second or second <= first

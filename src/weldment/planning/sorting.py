@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,31 +78,41 @@ def _drop(inputs: Inputs, left: Sorted) -> None:
 
 def _take(inputs: Inputs, left: Sorted) -> None:
     for pattern, source in inputs.recipe.take.items():
-        where = f"{inputs.recipe.origin}: take.{pattern}"
-        if source not in inputs.models:
-            fix = f"Take tensors from one of: {', '.join(inputs.models)}"
-            left.problems.append(PlanError(f"{source} is not among the models of this merge", where=where, fix=fix))
-            continue
-        own = [
-            Found(source, *item)
-            for item in inputs.tensors[source].items()
-            if matches((pattern,), item[0], item[1].name)
-        ]
-        own = [found for found in own if (source, found.entry.name) not in left.dropped]
         others = left.fitting(pattern)
-        taken = {found.name for found in own}
-        lost = [found for found in others if found.name not in taken]
-        if not own and not others:
-            left.problems.append(_unmatched(inputs, "take", pattern))
-        elif lost:
-            cause = f"{source} has no tensor {lost[0].name!r}, which {lost[0].model} has"
-            left.problems.append(PlanError(cause, where=where, fix="Take it from a model that has it, or use `drop`"))
+        own = _own(inputs, left, pattern, source)
+        if (problem := _take_problem(inputs, pattern, source, own, others)) is not None:
+            left.problems.append(problem)
         for found in others:
             if found.model == source:
                 del left.tensors[source][found.name]
             else:
                 left.drop(found.model, found.name, f"taken from {source}")
         left.taken += own
+
+
+def _own(inputs: Inputs, left: Sorted, pattern: str, source: str) -> list[Found]:
+    """The tensors of the source of `take`, which may be a base that is not merged, that fit and are not dropped."""
+    return [
+        Found(source, name, entry)
+        for name, entry in inputs.tensors.get(source, {}).items()
+        if matches((pattern,), name, entry.name) and (source, entry.name) not in left.dropped
+    ]
+
+
+def _take_problem(
+    inputs: Inputs, pattern: str, source: str, own: Sequence[Found], others: Sequence[Found]
+) -> PlanError | None:
+    where = f"{inputs.recipe.origin}: take.{pattern}"
+    if source not in inputs.models:
+        fix = f"Take tensors from one of: {', '.join(inputs.models)}"
+        return PlanError(f"{source} is not among the models of this merge", where=where, fix=fix)
+    if not own and not others:
+        return _unmatched(inputs, "take", pattern)
+    lost = [found for found in others if found.name not in {mine.name for mine in own}]
+    if not lost:
+        return None
+    cause = f"{source} has no tensor {lost[0].name!r}, which {lost[0].model} has"
+    return PlanError(cause, where=where, fix="Take it from a model that has it, or use `drop`")
 
 
 def _unmatched(inputs: Inputs, key: str, pattern: str) -> PlanError:

@@ -84,6 +84,8 @@ def _count(
     cause = f"{method.name} merges {amount} {noun}{remark} and here {_are(len(experts))}{besides}"
     is_extra = any(expert.where == IMPLIED for expert in experts)
     fix = "`base_model` must be one of the two models" if is_extra else None
+    if len(experts) < low:
+        fix = "Name another model"
     return [place.at(path).problem(cause, fix)]
 
 

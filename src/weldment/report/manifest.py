@@ -85,14 +85,16 @@ def read_manifest(out: Path) -> dict[str, Any]:
         UserError: there is none, or it is not one.
     """
     path = out / MANIFEST
+    fix = "Give a folder that `weld merge` wrote"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no {MANIFEST} here", where=str(out), fix="Give a folder that `weld merge` wrote") from error
+        raise UserError(f"there is no {MANIFEST} here", where=str(out), fix=fix) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("tensors", "files")):
-        raise UserError(f"{MANIFEST} is not a manifest", where=str(path), fix="Merge again")
+        raise UserError(f"the manifest cannot be read: {error}", where=str(path), fix=fix) from error
+    parts = [content.get(key) for key in ("tensors", "files")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) and all(isinstance(text, str) for text in part.values()) for part in parts):
+        raise UserError("this is not the manifest of a merge", where=str(path), fix=fix)
     return content
 
 
