@@ -159,7 +159,7 @@ HEADER = (
 
 
 def line(row: dict[str, object]) -> str:
-    f = {key: value for key, value in row.items() if isinstance(value, float)}
+    f = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     return (
         f"| {row['method']} | {f['wall']:.1f} | {f['merge']:.1f} | {f['cpu']:.1f} | {f['peak'] / 1e6:.0f} "
         f"| {f['rate'] / 1e9:.2f} | {f['floor']:.1f} | {f['merge'] / f['floor']:.1f}x | {f['peer wall']:.0f} "
