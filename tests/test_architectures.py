@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,35 @@ def test_every_tensor_of_every_model_is_merged(case: tuple[Architecture, Family]
     assert planned.counts() == {"merged": sum(len(models.read_state(model)) for model in family.all)}
     assert planned.notes == ()
     assert planned.config == models.read_config(family.base)
+
+
+def _newer_llava(name: str) -> str:
+    """The names of a LLaVA as newer versions of transformers hold them in memory."""
+    name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+    return f"model.{name}" if name.startswith(("vision_tower", "multi_modal")) else name
+
+
+RENAMES: dict[str, Callable[[str], str]] = {
+    "llava": _newer_llava,
+    "gpt2": lambda name: name.removeprefix("transformer."),
+    "bert": lambda name: name.removeprefix("bert."),
+    "llama": lambda name: f"language_model.{name}",
+}
+
+
+@pytest.mark.parametrize("name", RENAMES)
+def test_experts_under_other_prefixes_merge_as_if_they_had_the_names_of_the_base(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    family = models.save_family(architecture, tmp_path)
+    recipe = models.recipe("task_arithmetic", *family.experts, base=family.base, parameters={"weight": 0.5})
+    merge(recipe, tmp_path / "expected")
+    renamed = {RENAMES[name](key): tensor for key, tensor in models.read_state(family.experts[0]).items()}
+    assert renamed.keys() != models.read_state(family.base).keys()
+    models.save_state(family.experts[0], renamed)
+    result = merge(recipe, tmp_path / "out")
+    models.assert_same(models.read_state(tmp_path / "out"), models.read_state(tmp_path / "expected"), exact=True)
+    models.loaded(architecture, tmp_path / "out")
+    assert any("matched" in note for note in result.plan.notes)
 
 
 def test_bfloat16_rounds_once(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ MODELS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     ),
     "other width": (
         lambda: write_model(Path("a"), 1, hidden=4),
-        ("./a and ./base have almost no tensor in common", "r.yml", "Only models with the same tensors"),
+        ("models of different size", "[16, 4] in ./a", "r.yml", "Only models with the same tensors"),
     ),
 }
 

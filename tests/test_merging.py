@@ -310,3 +310,34 @@ def test_plan_writes_nothing(tmp_path: Path) -> None:
     before = contents(tmp_path)
     plan(models.recipe("linear", *inputs))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "model_stock", "passthrough"])
+def test_empty_tensors_scalars_and_vectors(method: str, tmp_path: Path) -> None:
+    shapes = {
+        "a.empty": (0, 4),
+        "a.scalar": (),
+        "a.one": (1,),
+        "a.column": (8, 1),
+        "a.row": (1, 8),
+        "a.many": (2, 3, 4),
+    }
+    inputs = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        inputs.append(models.save_state(tmp_path / str(seed), state))
+    base = None if method in ("linear", "passthrough") else inputs[0]
+    experts = inputs[1:] if method not in ("slerp", "passthrough") else inputs[1:2]
+    parameters = {"t": 0.5} if method == "slerp" else {}
+    merge(models.recipe(method, *experts, base=base, parameters=parameters), tmp_path / "out")
+    assert {name: tuple(tensor.shape) for name, tensor in models.read_state(tmp_path / "out").items()} == shapes
+
+
+def test_shards_of_heads_and_model_are_verified(tmp_path: Path) -> None:
+    state = {**models.decoder_state(), "score.weight": torch.ones(1, 4)}
+    inputs = [models.save_state(tmp_path / name, state) for name in "ab"]
+    merge(models.recipe("linear", *inputs, heads=["score.*"]), tmp_path / "out", shard_size=200)
+    assert verify(tmp_path / "out").tensors == len(state) + 1
+    index = models.json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == models.decoder_state().keys()

@@ -106,6 +106,18 @@ def test_different_architectures(tmp_path: Path) -> None:
     assert "problems" not in message
 
 
+def test_different_sizes(tmp_path: Path) -> None:
+    inputs = [
+        models.save_state(tmp_path / str(width), models.decoder_state(width=width), models.decoder_config())
+        for width in (4, 6)
+    ]
+    message = complaint(models.recipe("linear", *inputs))
+    assert "models of different size: 8 tensors" in message
+    assert "[12, 4] in" in message
+    assert "[12, 6] in" in message
+    assert "problems" not in message
+
+
 def test_state_dicts_with_nothing_in_common(tmp_path: Path) -> None:
     first = models.save_state(tmp_path / "a", {"x.w": torch.ones(2), "y.w": torch.ones(2)})
     second = models.save_state(tmp_path / "b", {"u.w": torch.ones(3), "v.w": torch.ones(3)})
@@ -134,3 +146,23 @@ def test_layers_of_different_shapes_of_one_model_do_not_fit(tmp_path: Path) -> N
     sources = [{"model": model, "layer_range": [0, 1]}, {"model": model, "layer_range": [1, 2]}]
     message = complaint({"merge_method": "linear", "slices": [{"sources": sources}]})
     assert "different shapes: tensor 'layers.0.fc.weight': [2, 2] in" in message
+
+
+def test_layers_of_models_of_different_width_are_not_stacked(tmp_path: Path) -> None:
+    narrow = models.save_decoder(tmp_path / "narrow")
+    wide = models.save_state(tmp_path / "wide", models.decoder_state(width=6), models.decoder_config())
+    pieces = [{"sources": [{"model": str(model), "layer_range": [0, 1]}]} for model in (narrow, wide)]
+    message = complaint({"merge_method": "passthrough", "slices": pieces})
+    assert "models of different size: 4 tensors" in message
+    assert str(wide) in message
+    assert str(narrow) in message
+
+
+def test_base_that_gives_only_the_configuration_must_fit_too(tmp_path: Path) -> None:
+    experts = [models.save_decoder(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    wide = models.save_state(tmp_path / "wide", models.decoder_state(width=6), models.decoder_config())
+    assert "models of different size" in complaint(models.recipe("linear", *experts, base=wide))
+    deep = models.save_decoder(tmp_path / "deep", layers=3)
+    assert "different numbers of layers" in complaint(models.recipe("linear", *experts, base=deep))
+    fitting = models.save_decoder(tmp_path / "fitting", seed=5, rope_theta=7)
+    assert plan(models.recipe("linear", *experts, base=fitting)).config["rope_theta"] == 7

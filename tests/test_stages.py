@@ -196,6 +196,12 @@ def test_side_files_and_tokenizer_pass_through_an_earlier_merge(tmp_path: Path) 
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "second"
 
 
+def test_notes_of_earlier_merges_are_told(four: list[Path]) -> None:
+    soup = stage("soup", "linear", *four[:2], parameters={"int8_mask": True})
+    notes = plan([soup, models.recipe("linear", Path("soup"), four[2])]).notes
+    assert [note.partition(":")[0] for note in notes] == ["soup"]
+
+
 def test_seed_of_a_call_replaces_those_of_all_merges(four: list[Path]) -> None:
     parameters = {"density": 0.5}
     soup = stage("soup", "dare_linear", four[1], base_model=str(four[0]), parameters=parameters, seed=3)

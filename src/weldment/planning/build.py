@@ -15,10 +15,11 @@ from weldment.planning.inputs import Inputs, gather
 from weldment.planning.jobs import copy_job, head_name_of, merge_jobs
 from weldment.planning.ledger import account
 from weldment.planning.plan import Plan, TensorJob
-from weldment.planning.requests import Slicing, is_in_stack, slicing, whole_models
+from weldment.planning.requests import Request, Slicing, is_in_stack, slicing, whole_models
 from weldment.planning.roles import input_embedding
 from weldment.planning.sorting import Sorted, sort_tensors
 from weldment.planning.tying import declared_tying, with_tying
+from weldment.planning.vocabulary import VocabularyFindings, compare_vocabularies
 from weldment.recipe.recipe import Recipe
 
 
@@ -38,24 +39,21 @@ def build_plan(
     """
     inputs = gather(recipe, models)
     left = sort_tensors(inputs)
-    problems: list[WeldmentError] = [*left.problems]
-    sliced: Slicing | None = None
-    if recipe.slices:
-        sliced, found = slicing(inputs, left.tensors)
-        problems += [*found, *_taken_layers(inputs, left, sliced)]
-    requests = list(sliced.requests()) if sliced else [] if recipe.slices else whole_models(inputs, left.tensors)
-    made = merge_jobs(inputs, left, requests)
+    sliced, slice_problems = slicing(inputs, left.tensors) if recipe.slices else (None, [])
+    made = merge_jobs(inputs, left, _requests(inputs, left, sliced))
     tokenizer, tokenizer_problems = tokenizer_model(inputs, left.taken, stages)
-    problems += [*made.problems, *tokenizer_problems]
+    words = compare_vocabularies(inputs) if _merges_embeddings(made.jobs) else VocabularyFindings()
+    problems: list[WeldmentError] = [*left.problems, *slice_problems, *_taken_layers(inputs, left, sliced)]
+    problems += [*made.problems, *tokenizer_problems, *words.problems]
     if problems:
         raise joined(PlanError, problems)
-    taken = [copy_job(found, dtype=recipe.dtype) for found in left.taken]
-    jobs = [*made.jobs, *taken] if sliced else _in_file_order(inputs, [*made.jobs, *taken])
+    jobs = [*made.jobs, *(copy_job(found, dtype=recipe.dtype) for found in left.taken)]
     if not jobs:
         raise PlanError("no tensor is left to merge", where=recipe.origin, fix="Check `drop`, `take` and `heads`")
+    jobs = jobs if sliced else _in_file_order(inputs, jobs)
     heads, head_jobs = _heads(inputs, left)
     side = side_model(inputs, stages)
-    notes = [*recipe.notes, *inputs.notes, *left.notes, *file_notes(inputs, side, tokenizer)]
+    notes = [*recipe.notes, *inputs.notes, *left.notes, *words.notes, *file_notes(inputs, side, tokenizer)]
     return Plan(
         recipe=recipe,
         models=models,
@@ -71,6 +69,17 @@ def build_plan(
         notes=tuple(dict.fromkeys([*notes, *_size_notes(jobs, shard_bytes)])),
         stages=tuple(stages),
     )
+
+
+def _requests(inputs: Inputs, left: Sorted, sliced: Slicing | None) -> Iterable[Request]:
+    if inputs.recipe.slices:
+        return sliced.requests() if sliced is not None else ()
+    return whole_models(inputs, left.tensors)
+
+
+def _merges_embeddings(jobs: Sequence[TensorJob]) -> bool:
+    name = input_embedding(job.name for job in jobs)
+    return any(job.name == name and job.action == "merge" and len(set(job.models)) > 1 for job in jobs)
 
 
 def layout_of(jobs: Iterable[TensorJob], shard_bytes: int) -> Layout:

@@ -52,10 +52,15 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
     reference = recipe.base_model or (recipe.slices[0].sources[0] if recipe.slices else experts[0]).model
     wanted = {name: entry.shape for name, entry in models[reference].tensors.items()}
     tensors: dict[str, Mapping[str, TensorEntry]] = {}
-    notes: list[str] = []
+    renamed: dict[str, list[str]] = {}
     for model, checkpoint in models.items():
         names, renames = align({name: entry.shape for name, entry in checkpoint.tensors.items()}, wanted)
         tensors[model] = {names[name]: entry for name, entry in checkpoint.tensors.items()}
-        notes += [f"{model}: tensor names were matched to {reference} by prefix, {change}" for change in renames]
+        for change in renames:
+            renamed.setdefault(str(change), []).append(model)
+    notes = [
+        f"tensor names of {' and '.join(found)} were matched to {reference} by prefix: {change}"
+        for change, found in renamed.items()
+    ]
     base = recipe.base_model if takes_part else None
     return Inputs(recipe, method, models, tuple(experts), base, reference, tensors, tuple(notes))

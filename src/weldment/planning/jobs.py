@@ -37,7 +37,7 @@ def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Job
         holders = _holders(inputs, left, request)
         if _is_constant(request, holders):
             made.jobs += _constant_jobs(left, request, holders)
-        elif misfits.fits(request.name, holders):
+        elif misfits.fits(request.name, holders, inputs.tensors[inputs.reference].get(request.parts[0].tensor)):
             try:
                 made.jobs.append(_job(inputs, request, holders))
             except RecipeError as error:

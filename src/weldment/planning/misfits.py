@@ -16,6 +16,9 @@ from weldment.planning.roles import input_embedding
 Holder = tuple[str, "TensorEntry | None"]
 """A model and its tensor, None if it has none of that name."""
 
+_FEW, _MOST = 0.3, 0.9
+"""Shares of a model's tensors that do not fit: more than a few are not an accident."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 Absence = tuple[tuple[str, ...], tuple[str, ...]]
 """Models that have a tensor, and those that do not."""
@@ -32,11 +35,20 @@ class Misfits:
         self._kinds: list[str] = []
         self._values: list[str] = []
 
-    def fits(self, name: str, holders: Sequence[Holder]) -> bool:
-        """Whether every model has the tensor in one shape and kind; what does not fit is remembered."""
+    def fits(self, name: str, holders: Sequence[Holder], pattern: TensorEntry | None = None) -> bool:
+        """Whether every model has the tensor in one shape and kind; what does not fit is remembered.
+
+        Args:
+            name: of the output's tensor.
+            holders: the models' tensors.
+            pattern: the tensor of the reference in this place, where it is not among them: the
+                reference gives the configuration, which must be that of the output.
+        """
         present = _by_model(holders)
         absent = dict.fromkeys(model for model, entry in holders if entry is None)
         shapes = {model: entry.shape for model, entry in present.items()}
+        if pattern is not None:
+            shapes.setdefault(self._inputs.reference, pattern.shape)
         if absent:
             self._absent[name] = (tuple(present), tuple(absent))
         elif len(set(shapes.values())) > 1:
@@ -71,26 +83,32 @@ class Misfits:
         return PlanError(cause, where=self._inputs.recipe.origin, fix=fix)
 
     def _foreign(self, model: str) -> PlanError | None:
-        """Another kind of model, or number of layers, explains everything else that is wrong with a model."""
+        """Another kind of model, size or number of layers explains everything else that is wrong with a model."""
         reference = self._inputs.reference
-        wrong = [n for n, (_, absent) in self._absent.items() if (model in absent) != (reference in absent)]
-        wrong += [n for n, shapes in self._shapes.items() if shapes.get(model) != shapes.get(reference)]
-        if model == reference or not wrong:
+        if model == reference:
+            return None
+        lacking = [n for n, (_, absent) in self._absent.items() if (model in absent) != (reference in absent)]
+        misshapen = [n for n, shapes in self._shapes.items() if shapes.get(model) != shapes.get(reference)]
+        if not (lacking or misshapen or reference not in self._inputs.participants):
             return None
         here, there = self._inputs.models[model], self._inputs.models[reference]
         kinds = here.config.get("model_type"), there.config.get("model_type")
-        share = len(wrong) / max(1, len(there.tensors))
-        if all(kinds) and kinds[0] != kinds[1] and share > 0.3:
+        count = max(1, len(there.tensors))
+        fix = "Only models with the same tensors can be merged"
+        if all(kinds) and kinds[0] != kinds[1] and len(lacking) + len(misshapen) > _FEW * count:
             cause = f"models of different architecture: {model} is {kinds[0]}, {reference} is {kinds[1]}"
-            return self._problem(cause, "Only models with the same tensors can be merged")
-        if (stack := self._different_depth(model)) is not None:
+        elif (stack := self._different_depth(model)) is not None:
             own, other = (depths(self._inputs.tensors[m]).get(stack, 0) for m in (model, reference))
             cause = f"different numbers of layers: {stack} has {own} in {model} and {other} in {reference}"
-            return self._problem(cause, "Choose the layers to merge with `slices` and `layer_range`")
-        if share > 0.9:
-            cause = f"{model} and {reference} have almost no tensor in common ({wrong[0]!r}, for one, does not fit)"
-            return self._problem(cause, "Only models with the same tensors can be merged")
-        return None
+            fix = "Choose the layers to merge with `slices` and `layer_range`"
+        elif len(lacking) > _MOST * count:
+            cause = f"{model} and {reference} have almost no tensor in common ({lacking[0]!r} is in one of them only)"
+        elif len(misshapen) > _FEW * count and any(layer_of(name) for name in misshapen):
+            shapes = _listed(self._shapes[misshapen[0]])
+            cause = f"models of different size: {some(misshapen)}: {shapes}"
+        else:
+            return None
+        return self._problem(cause, fix)
 
     def _different_depth(self, model: str) -> str | None:
         """A stack of layers that both have, in different numbers."""

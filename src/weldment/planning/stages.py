@@ -92,7 +92,9 @@ def _assembled(final: Plan, stages: Sequence[Plan], shard_bytes: int) -> Plan:
             kept.append(replace(stage, jobs=jobs, layout=layout, ledger=ledger, stages=(), heads={}))
             stored |= {(name, tensor): entry for tensor, entry in as_checkpoint(kept[-1]).tensors.items()}
     jobs = _relocated(final.jobs, stored)
-    return replace(final, jobs=jobs, layout=layout_of(jobs, shard_bytes), stages=tuple(kept))
+    notes = [f"{stage.recipe.name}: {note}" for stage in kept for note in stage.notes]
+    layout = layout_of(jobs, shard_bytes)
+    return replace(final, jobs=jobs, layout=layout, stages=tuple(kept), notes=(*notes, *final.notes))
 
 
 def _needed(plans: Sequence[Plan]) -> set[tuple[str, str]]:

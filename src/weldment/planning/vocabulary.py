@@ -1,89 +1,109 @@
-"""Whether the rows of embeddings mean the same tokens in all models."""
+"""Whether the rows of merged embeddings mean the same tokens in all models.
+
+Rows are merged by position. Where a token lies at different rows, that mixes tokens, and the
+merge is refused. Where a row has another name (a reserved token that a chat model renamed) or only
+one model gives it one, the row is still one and the same; that is only said.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weldment.checkpoint.model import Checkpoint
 from weldment.errors import PlanError
 from weldment.planning.inputs import Inputs
+from weldment.planning.roles import head_name, input_embedding
 
 _TOKENIZER = "tokenizer.json"
+_EXAMPLES = 3
 Vocabulary = Mapping[str, int]
+"""Token -> row."""
 
 
-def vocabulary_problems(inputs: Inputs, merged: bool) -> list[PlanError]:
-    """One problem for each model whose tokens lie at other rows than the reference's.
+@dataclass(frozen=True)
+class VocabularyFindings:
+    """What comparing the tokenizers brought up."""
 
-    Args:
-        inputs: the models of the merge.
-        merged: whether token embeddings are merged at all (not taken from one model).
-    """
-    if not merged:
-        return []
-    files = {model: path for model in inputs.participants if (path := _tokenizer_file(inputs.models[model]))}
-    if len(files) < 2:
-        return []
-    first = inputs.reference if inputs.reference in files else next(iter(files))
-    raw = {model: path.read_bytes() for model, path in files.items()}
-    return [
-        problem
-        for model in files
-        if model != first and raw[model] != raw[first]
-        if (problem := _difference(inputs, model, first, vocabulary(raw[model]), vocabulary(raw[first]))) is not None
-    ]
+    problems: tuple[PlanError, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _tokenizer_file(model: Checkpoint) -> Path | None:
+def compare_vocabularies(inputs: Inputs) -> VocabularyFindings:
+    """Compare the tokenizer of every participant with the first one's, as far as they have a `tokenizer.json`."""
+    raw = {model: content for model in inputs.participants if (content := _tokenizer(inputs.models[model]))}
+    if len(set(raw.values())) < 2:
+        return VocabularyFindings()
+    first, *others = raw
+    rows = {model: vocabulary(content) for model, content in raw.items()}
+    problems = (_moved(inputs, model, first, rows[model], rows[first]) for model in others)
+    notes = (_renamed(model, first, rows[model], rows[first]) for model in others)
+    return VocabularyFindings(tuple(filter(None, problems)), tuple(filter(None, notes)))
+
+
+def _tokenizer(model: Checkpoint) -> bytes | None:
+    """The content of `tokenizer.json`; it is downloaded if need be, for it decides whether the weights are wanted."""
     if _TOKENIZER not in model.side_files:
         return None
     if model.root is not None:
-        return model.root / _TOKENIZER
-    if model.repo is None or model.revision is None:
-        return None
-    from weldment.checkpoint.hub import fetch
+        path = model.root / _TOKENIZER
+    elif model.repo is not None and model.revision is not None:
+        from weldment.checkpoint.hub import fetch
 
-    return fetch(model.repo, _TOKENIZER, model.revision)
+        path = fetch(model.repo, _TOKENIZER, model.revision)
+    else:
+        return None
+    return Path(path).read_bytes()
 
 
 def vocabulary(raw: bytes) -> Vocabulary:
-    """Token -> row, from the content of a `tokenizer.json`; empty if it cannot be told."""
+    """The tokens of a `tokenizer.json` with their rows; empty if the file does not tell."""
     try:
         content = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
+    return {token: row for token, row in _tokens(content) if isinstance(token, str) and isinstance(row, int)}
+
+
+def _tokens(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Tokens and rows: of the model, then those that were added to it."""
     if not isinstance(content, dict):
-        return {}
-    listed: Any = (content.get("model") or {}).get("vocab")
-    rows: dict[str, int] = {}
+        return
+    model = content.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(listed, dict):
-        rows.update(listed)
-    elif isinstance(listed, list):  # Unigram: [token, score] pairs in the order of their rows
-        rows.update({pair[0]: row for row, pair in enumerate(listed)})
-    rows.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
-    return rows
+        yield from listed.items()
+    elif isinstance(listed, list):
+        # Unigram models list [token, score] in the order of the rows.
+        yield from ((pair[0], row) for row, pair in enumerate(listed) if isinstance(pair, list) and pair)
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            yield token.get("content"), token.get("id")
 
 
-def _difference(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
-    if not own or not other:
+def _moved(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
+    moved = [token for token, row in own.items() if other.get(token, row) != row]
+    if not moved:
         return None
-    moved = [token for token in own if own[token] != other.get(token)]
-    gone = [token for token in other if token not in own]
-    if not moved and not gone:
-        return None
-    examples = "; ".join(_place(token, own.get(token), other.get(token), model, first) for token in [*moved, *gone][:3])
+    listing = ", ".join(f"{token!r} (row {own[token]} and {other[token]})" for token in moved[:_EXAMPLES])
+    tensors = inputs.tensors[first]
+    names = [name for name in (input_embedding(tensors), head_name(tensors)) if name]
     return PlanError(
-        f"different vocabularies: {len(moved) + len(gone)} tokens of {model} and {first} differ: {examples}",
-        where=f"{inputs.recipe.origin}: {'tokenizer' if inputs.recipe.tokenizer else 'models'}",
-        fix="Rows would be mixed that mean different tokens, and aligning them is not supported in this version; "
-        'take the embeddings (and the head) from one model: `take: {"*embed_tokens*": MODEL}`',
+        f"different vocabularies: {len(moved)} tokens lie at other rows in {model} than in {first}: {listing}",
+        where=inputs.recipe.origin,
+        fix="Merging rows by position would mix different tokens, and this version does not align vocabularies; "
+        f"take what has a row for each token from one model: `take: {json.dumps(dict.fromkeys(names, first))}`",
     )
 
 
-def _place(token: str, own: int | None, other: int | None, model: str, first: str) -> str:
-    if own is None or other is None:
-        return f"{token!r} is only in {model if other is None else first}"
-    return f"{token!r} is row {own} in {model} and {other} in {first}"
+def _renamed(model: str, first: str, own: Vocabulary, other: Vocabulary) -> str | None:
+    there = {row: token for token, row in other.items()}
+    renamed = [token for token, row in own.items() if there.get(row, token) != token and token not in other]
+    if not renamed:
+        return None
+    listing = ", ".join(f"{there[own[token]]!r} is {token!r} in {model}" for token in renamed[:_EXAMPLES])
+    return f"{len(renamed)} rows of the embeddings have another token in {model} than in {first}: {listing}"
