@@ -52,6 +52,9 @@ def test_every_flipped_byte_shows(dtype: torch.dtype) -> None:
     assert digest(tensor, []) == whole
 
 
-def test_swapped_chunks_show() -> None:
-    tensor = numbers(2 * CHUNK, torch.float32)
-    assert digest(torch.cat([tensor[CHUNK:], tensor[:CHUNK]]), []) != digest(tensor, [])
+@pytest.mark.parametrize("length", [4, 32, 512, CHUNK])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_swapped_rows_show(dtype: torch.dtype, length: int) -> None:
+    tensor = numbers(2 * CHUNK, dtype)
+    swapped = torch.cat([tensor[length : 2 * length], tensor[:length], tensor[2 * length :]])
+    assert digest(swapped, []) != digest(tensor, [])

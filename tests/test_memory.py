@@ -87,6 +87,15 @@ def test_threads_of_torch_are_left_alone() -> None:
         (lambda m: merge_tensors("linear", m, accumulate="float16"), "accumulate"),
         (lambda m: merge_tensors("linear", m, threads=0), "threads"),
         (lambda m: merge_tensors("linear", [m[0], {"a": m[1]}]), "all tensors or all state dicts"),
+        (lambda m: merge_tensors("linear", m[0]), "must be a sequence"),
+        (lambda m: merge_tensors("linear", {"a": m[0]}), "must be a sequence"),
+        (lambda m: merge_tensors("linear", m, block=100), "block must be a multiple of 65536, not 100"),
+        (lambda m: merge_tensors("linear", m, dtype=torch.int8), "dtype must be one of"),
+        (lambda m: merge_tensors("linear", m, dtype="float16"), "dtype must be one of"),
+        (lambda m: merge_tensors("linear", [m[0], m[1].int()]), "floating point in some models"),
+        (lambda m: merge_tensors("linear", [t.to(torch.float8_e4m3fn) for t in m]), "float8_e4m3fn cannot be merged"),
+        (lambda m: merge_tensors("ties", m, m[0], density_=0.1), "ties has no parameter 'density_'"),
+        (lambda m: merge_tensors("della", m, m[0], epsilon=0.1, window_size=0.2), "are the same parameter"),
     ],
 )
 def test_bad_calls(call: object, text: str) -> None:

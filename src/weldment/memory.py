@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from weldment.checkpoint.dtypes import SAFETENSORS
+from weldment.checkpoint.dtypes import FLOATS, SAFETENSORS
 from weldment.engine.blocks import BLOCK
 from weldment.engine.run import Machine, default_threads, run_works
 from weldment.engine.sources import MemorySource
@@ -16,6 +17,7 @@ from weldment.engine.work import Work, Write
 from weldment.errors import UserError
 from weldment.methods import METHODS, Method
 from weldment.methods.arguments import settle
+from weldment.methods.block import CHUNK
 from weldment.methods.masks import tensor_key
 
 StateDict = Mapping[str, Tensor]
@@ -74,6 +76,7 @@ def merge_tensors(
         accumulate: "float32" or "float64" arithmetic.
         seed: for random methods.
         threads: worker threads; all processors by default.
+        block: elements that are worked on at a time, a multiple of 65536; the result does not depend on it.
         parameters: the method's parameters (`lambda` as `lambda_`); a per-model parameter takes one
             value or a sequence with one per model.
 
@@ -86,8 +89,8 @@ def merge_tensors(
     row = METHODS.get(method)
     if row is None:
         raise UserError(f"unknown method {method!r}", fix=f"The methods are {', '.join(METHODS)}")
-    machine = _machine(threads, accumulate)
-    single = all(isinstance(model, Tensor) for model in models) and not isinstance(base, Mapping)
+    machine = _machine(threads, accumulate, block, dtype)
+    single = not isinstance(base, Mapping) and all(isinstance(model, Tensor) for model in models)
     dicts, base_dict = _as_dicts(row, models, base, single=single)
     _check(row, dicts, base_dict)
     try:
@@ -102,28 +105,35 @@ def merge_tensors(
             merged[name] = _agreed(name, group)
             continue
         merged[name] = out = torch.empty(first.shape, dtype=dtype or first.dtype)
-        work = Work(
-            name=name,
-            shape=tuple(first.shape),
-            method=row,
-            parameters=arguments,
-            sources=[_source(tensor) for tensor in group],
-            base=None if base_dict is None else _source(base_dict[name]),
-            dtype=SAFETENSORS[out.dtype],
-            write=_writer(out),
-            keys=[tensor_key(seed, str(number), name) for number in range(len(group))],
-            block=block,
-        )
-        works.append(work)
+        origin = None if base_dict is None else base_dict[name]
+        keys = [tensor_key(seed, str(number), name) for number in range(len(group))]
+        works.append(replace(_work(name, row, group, origin, out), parameters=arguments, keys=keys, block=block))
     run_works(works, machine, finished=lambda work, outcome: None)
     return merged["tensor"] if single else merged
 
 
-def _machine(threads: int | None, accumulate: str) -> Machine:
+def _work(name: str, row: Method, group: Sequence[Tensor], base: Tensor | None, out: Tensor) -> Work:
+    return Work(
+        name=name,
+        shape=tuple(out.shape),
+        method=row,
+        parameters={},
+        sources=[_source(tensor) for tensor in group],
+        base=None if base is None else _source(base),
+        dtype=SAFETENSORS[out.dtype],
+        write=_writer(out),
+    )
+
+
+def _machine(threads: int | None, accumulate: str, block: int, dtype: torch.dtype | None) -> Machine:
     if accumulate not in ("float32", "float64"):
         raise UserError(f"accumulate must be float32 or float64, not {accumulate!r}")
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, not {threads}")
+    if block < CHUNK or block % CHUNK:
+        raise UserError(f"block must be a multiple of {CHUNK}, not {block}")
+    if dtype is not None and dtype not in FLOATS.values():
+        raise UserError(f"dtype must be one of {', '.join(map(str, FLOATS.values()))}, not {dtype!r}")
     return Machine("cpu", threads or default_threads(), accumulate)
 
 
@@ -131,6 +141,8 @@ def _as_dicts(
     row: Method, models: Sequence[Any], base: Any, *, single: bool
 ) -> tuple[list[StateDict], StateDict | None]:
     """State dicts of the models and of the base that takes part, if any."""
+    if isinstance(models, (Tensor, Mapping)):
+        raise UserError("models must be a sequence of tensors or of state dicts, not a single one")
     given = [*models, *([base] if base is not None else [])]
     if not single and not all(isinstance(model, Mapping) for model in given):
         raise UserError("models and base must be all tensors or all state dicts")
@@ -158,6 +170,11 @@ def _check(row: Method, models: Sequence[StateDict], base: StateDict | None) -> 
         for name, tensor in other.items():
             if tensor.shape != first[name].shape:
                 raise UserError(f"shapes differ: {list(tensor.shape)} and {list(first[name].shape)}", where=name)
+            if tensor.is_floating_point() != first[name].is_floating_point():
+                raise UserError("floating point in some models and integer in others", where=name)
+    for name, tensor in first.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS.values():
+            raise UserError(f"tensors of {tensor.dtype} cannot be merged", where=name, fix="Convert them first")
 
 
 def _source(tensor: Tensor) -> MemorySource:

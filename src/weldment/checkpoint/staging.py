@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from weldment.checkpoint.layout import Layout
-from weldment.errors import MergeError, OutputError, UserError
+from weldment.errors import MergeError, NonFiniteError, OutputError, UserError
 
 MANIFEST = "weldment.json"
 
@@ -67,7 +67,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_final = isinstance(error, UserError) and not isinstance(error, OutputError)
+        is_final = isinstance(error, (UserError, NonFiniteError)) and not isinstance(error, OutputError)
         if is_final or (error is not None and not self.journal.exists()):
             self.discard()
         self._release()
@@ -223,10 +223,10 @@ def _check_target(target: Path, out: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        fix = "Choose another folder, or pass --overwrite to replace it"
+        fix = "Choose another folder, or overwrite this one (--overwrite)"
         raise OutputError("the output folder is not empty", where=str(out), fix=fix)
     if not any(next(target.glob(pattern), None) for pattern in _MODEL_FILES):
-        cause = "the output folder holds other things than a model, and --overwrite would delete them"
+        cause = "the output folder holds other things than a model, and overwriting would delete them"
         raise OutputError(cause, where=str(out), fix="Choose another folder, or delete this one yourself")
 
 

@@ -28,6 +28,7 @@ from weldment.methods import METHODS
 from weldment.planning.plan import Plan, TensorJob
 
 _CHECK_STEP = 1 << 22
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
         def finished(work: Work | Copy, outcome: Outcome) -> None:
             label = names[id(work)]
             checksums[label] = outcome.checksum.digest()
-            if outcome.nonfinite:
-                nonfinite[work.name] = outcome.nonfinite
-            if not outcome.nonfinite or run.allow_nonfinite:
+            if outcome.nonfinite:  # not recorded: another run must judge it again
+                nonfinite[label] = outcome.nonfinite
+            else:
                 run.journal.record(run.label + label, checksums[label])
 
         def report(work: Work | Copy, count: int) -> None:
@@ -108,23 +109,42 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
         run_works(
             works, run.machine, finished=finished, report=report, pending=lambda work: names[id(work)] not in kept
         )
-    _judge(nonfinite, run)
+        if nonfinite:
+            _judge(nonfinite, {_label(job): job for job in plan.jobs}, inputs, run)
     return checksums
 
 
-def _judge(nonfinite: Mapping[str, int], run: Execution) -> None:
-    """Report or refuse tensors with NaN or infinity."""
-    if not nonfinite:
+def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: _Inputs, run: Execution) -> None:
+    """Report or refuse tensors with NaN or infinity, and say which inputs have them."""
+    count = len(nonfinite)
+    shown = [f"{jobs[label].name} ({nonfinite[label]} elements)" for label in sorted(nonfinite)[:_SHOWN]]
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+    cause = f"NaN or infinity in {count} tensor{'s' if count > 1 else ''} of the result: {', '.join(shown)}{more}"
+    guilty = dict.fromkeys(
+        model for label in sorted(nonfinite)[:_SHOWN] for model in _not_finite(jobs[label], inputs, run.machine)
+    )
+    if run.allow_nonfinite:
+        run.progress.message(cause)
         return
-    listing = ", ".join(f"{name} ({count})" for name, count in sorted(nonfinite.items())[:20])
-    more = f" and {len(nonfinite) - 20} more" if len(nonfinite) > 20 else ""
-    cause = f"NaN or infinity in {len(nonfinite)} tensors of the result (elements): {listing}{more}"
-    if not run.allow_nonfinite:
-        raise NonFiniteError(
-            cause,
-            fix="Look for NaN in the inputs and for too large weights; float16 holds nothing above 65504",
-        )
-    run.progress.message(cause)
+    if guilty:
+        fix = f"They are in the weights of {', '.join(guilty)}; leave that model out"
+    else:
+        fix = "The inputs are finite: look for too large weights, or a dtype too narrow (float16 ends at 65504)"
+    raise NonFiniteError(cause, fix=f"{fix}, or allow it (--allow-nonfinite)")
+
+
+def _not_finite(job: TensorJob, inputs: _Inputs, machine: Machine) -> list[str]:
+    """The models whose tensor has NaN or infinity."""
+    workspace = machine.workspace()
+    found: list[str] = []
+    for model, entry in job.inputs:
+        source = inputs.source(entry)
+        for start in range(0, entry.numel, BLOCK):
+            values = source.raw(start, min(BLOCK, entry.numel - start), workspace)
+            if values.is_floating_point() and not torch.isfinite(values).all():
+                found.append(model)
+                break
+    return found
 
 
 def _label(job: TensorJob) -> str:

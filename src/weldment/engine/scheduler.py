@@ -7,9 +7,11 @@ no result depends on which thread ran what.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +40,24 @@ class Interrupted(KeyboardInterrupt):
     """Raised by `run` after `stop` was called: the running tasks were finished, the others not begun."""
 
 
+@contextmanager
+def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C call `stop` instead of raising wherever the main thread is.
+
+    A KeyboardInterrupt in the middle of waiting for threads would leave them running while their
+    files are closed. Other handlers than Python's own, and other threads, are left alone.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Scheduler(Generic[W]):
     """Runs jobs on `threads` threads; each thread has a workspace of its own.
 
@@ -51,20 +71,27 @@ class Scheduler(Generic[W]):
         self._workspace = workspace
         self._condition = threading.Condition()
         self._state: _State[W] = _State(iter(()))
+        self._running = 0
+        self._ended = threading.Event()
 
     def run(self, jobs: Iterable[Stages[W]]) -> None:
         """Run all jobs to their end, started in the order given.
 
         Raises:
             the first exception a task or job raised, after the running tasks have ended;
-            Interrupted: after `stop`; KeyboardInterrupt is turned into it.
+            Interrupted: after `stop`, which Ctrl-C calls too.
         """
         self._state = _State(iter(jobs))
+        self._running = self._threads
+        self._ended.clear()
         workers = [threading.Thread(target=self._work, name=f"weld-{n}", daemon=True) for n in range(self._threads)]
+        with _interrupts(self.stop):
+            for worker in workers:
+                worker.start()
+            while not self._ended.wait(timeout=0.2):
+                pass
         for worker in workers:
-            worker.start()
-        for worker in workers:
-            self._join(worker)
+            worker.join()
         if self._state.failure is not None:
             raise self._state.failure
         if self._state.stopped:
@@ -75,13 +102,6 @@ class Scheduler(Generic[W]):
         self._state.stopped = True
         with self._condition:
             self._condition.notify_all()
-
-    def _join(self, worker: threading.Thread) -> None:
-        while worker.is_alive():
-            try:
-                worker.join(timeout=0.2)
-            except KeyboardInterrupt:
-                self.stop()
 
     def _work(self) -> None:
         try:
@@ -94,6 +114,11 @@ class Scheduler(Generic[W]):
             with self._condition:
                 self._state.failure = self._state.failure or error
                 self._condition.notify_all()
+        finally:
+            with self._condition:
+                self._running -= 1
+                if self._running == 0:
+                    self._ended.set()
 
     def _take(self) -> tuple[_Stage[W], int, Callable[[W], Any]] | None:
         state = self._state

@@ -18,25 +18,30 @@ def settle(method: Method, values: Mapping[str, Any], models: int) -> dict[str, 
     Raises:
         ValueError: a value is missing or does not fit; the text says which.
     """
-    known = {
-        name: parameter for parameter in method.parameters for name in (parameter.name, *(parameter.aliases or {}))
-    }
+    spellings = {name for parameter in method.parameters for name, _ in _spellings(parameter)}
     for name in values:
-        if name.rstrip("_") not in known:
-            raise ValueError(f"{method.name} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+        if name not in spellings:
+            known = ", ".join(parameter.name for parameter in method.parameters)
+            raise ValueError(f"{method.name} has no parameter {name!r}; it has {known or 'none'}")
     arguments = {parameter.argument: _value(parameter, values, models, method) for parameter in method.parameters}
     if method.check is not None:
         method.check(**arguments)
     return arguments
 
 
+def _spellings(parameter: Parameter) -> list[tuple[str, float | None]]:
+    """The names under which a parameter may be given, with the factor of each alias."""
+    aliases = (parameter.aliases or {}).items()
+    return [*dict.fromkeys([(parameter.name, None), (parameter.argument, None)]), *aliases]
+
+
 def _value(parameter: Parameter, values: Mapping[str, Any], models: int, method: Method) -> Any:
-    given, factor = parameter.default, None
-    for name, scale in ((parameter.name, None), (parameter.argument, None), *(parameter.aliases or {}).items()):
-        if name in values:
-            given, factor = values[name], scale
-    if given is None and parameter.required:
+    found = [(name, factor) for name, factor in _spellings(parameter) if name in values]
+    if len(found) > 1:
+        raise ValueError(f"`{found[0][0]}` and `{found[1][0]}` are the same parameter; give one of them")
+    if parameter.required and not found:
         raise ValueError(f"{method.name} needs `{parameter.name}`: {parameter.help}")
+    given, factor = (values[found[0][0]], found[0][1]) if found else (parameter.default, None)
     if not parameter.per_model:
         return checked(parameter, given, factor)
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * models
