@@ -54,7 +54,6 @@ def run_works(
     finished: Finished,
     report: Callable[[Work | Copy, int], None] = lambda work, count: None,
     pending: Callable[[Work | Copy], bool] = lambda work: True,
-    scheduler: Callable[[Scheduler[Workspace]], None] = lambda scheduler: None,
 ) -> None:
     """Merge all tensors.
 
@@ -62,14 +61,12 @@ def run_works(
         finished: called in a worker thread when a tensor is written.
         report: called with the number of elements merged since the last call.
         pending: tensors for which it is false are left out, though model-wide statistics count them.
-        scheduler: receives the running scheduler, so that the caller can stop it.
 
     Raises:
-        Interrupted: if the scheduler was stopped or the user pressed Ctrl-C.
+        Interrupted: the user pressed Ctrl-C.
     """
     before = torch.get_num_threads()
     runner: Scheduler[Workspace] = Scheduler(machine.threads, machine.workspace)
-    scheduler(runner)
     try:
         shared = _model_statistics(works, runner)
         runner.run(_stages(works, shared, finished, report, pending))

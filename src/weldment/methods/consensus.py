@@ -59,6 +59,12 @@ def _nonzero_(share: Tensor, work: Tensor, *, all_positive: bool) -> Tensor:
     return share.add_(work.abs_().neg_().add_(1.0))
 
 
+def onto_base(block: Block, merged: Tensor, scale: float = 1.0) -> Tensor:
+    """theta_0 + scale * merged, in place of `merged`."""
+    assert block.base is not None
+    return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
+
+
 def combined(
     block: Block,
     trimmed: list[Tensor],
@@ -70,7 +76,6 @@ def combined(
     zero_sign: float = 1.0,
 ) -> Tensor:
     """theta_0 + lambda * (sum or disjoint mean of the w_i tau_i); overwrites `trimmed`."""
-    assert block.base is not None
     if elect == "none":
         scale = lambda_ / sum(weight) if normalize else lambda_
         merged = weighted_sum(trimmed, weight)
@@ -81,7 +86,7 @@ def combined(
                 tau.mul_(w)
         signs = elected_signs(block, trimmed, elect, zero_sign)
         merged = disjoint_mean(block, trimmed, weight, signs, normalize)
-    return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
+    return onto_base(block, merged, scale)
 
 
 def check_sum(*, weight: Sequence[float], normalize: bool, **_: object) -> None:

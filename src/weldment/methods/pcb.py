@@ -13,15 +13,9 @@ from torch import Tensor
 
 from weldment.methods.average import sum_into
 from weldment.methods.block import Block, OrderStatistic, Scope, Statistic
+from weldment.methods.consensus import onto_base
 from weldment.methods.method import Method, Parameter
 from weldment.methods.task_vectors import LAMBDA, WEIGHT, magnitudes
-
-
-def onto_base(block: Block, merged: Tensor, scale: float = 1.0) -> Tensor:
-    """theta_0 + scale * merged, in place of `merged`."""
-    assert block.base is not None
-    return (merged if scale == 1.0 else merged.mul_(scale)).add_(block.base)
-
 
 _TINY = 5e-324
 

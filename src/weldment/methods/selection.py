@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weldment.methods.average import weighted_sum
+from weldment.methods.average import sum_into, weighted_sum
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total, Unit
-from weldment.methods.consensus import disjoint_mean, elected_signs
+from weldment.methods.consensus import disjoint_mean, elected_signs, onto_base
 from weldment.methods.method import Method, Parameter
-from weldment.methods.pcb import PCB, onto_base, sum_into
+from weldment.methods.pcb import PCB
 from weldment.methods.spherical import cosines, gram, settled
 from weldment.methods.task_vectors import LAMBDA
 from weldment.methods.trimming import keep_above
