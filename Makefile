@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup  ## train four small experts, merge them by five methods, compare (about a quarter of a minute)
+demo: setup  ## train four small experts, merge them by five methods, compare (about ten seconds)
 	$(BIN)/python examples/digits/demo.py
 
 test: setup  ## run all tests

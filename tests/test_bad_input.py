@@ -420,7 +420,7 @@ def test_the_least_memory_that_is_named_works() -> None:
 
 
 def test_a_shard_smaller_than_a_tensor_holds_it_alone() -> None:
-    result = merge(LINEAR, "--shard-size", "300")
+    result = merge(LINEAR, "--shard-size", "300B")
     assert result.code == 0
     assert "note: 4 tensors are larger than a shard should be and will be alone in a file" in result.err
     files = json.loads(Path("out/model.safetensors.index.json").read_text())["weight_map"]

@@ -26,7 +26,8 @@ from weldment.recipe import load_recipes
 
 @pytest.fixture
 def trio(tmp_path: Path) -> tuple[Path, Path, Path]:
-    return tuple(models.save_decoder(tmp_path / f"m{seed}", seed=seed) for seed in range(3))  # type: ignore[return-value]
+    base, one, two = (models.save_decoder(tmp_path / f"m{seed}", seed=seed) for seed in range(3))
+    return base, one, two
 
 
 def dare(trio: tuple[Path, Path, Path], **keys: Any) -> dict[str, Any]:
@@ -155,8 +156,10 @@ def test_tokenizer_of_the_recipe(trio: tuple[Path, Path, Path]) -> None:
     united = plan(dare(trio, tokenizer_source="union"))
     assert united.tokenizer.reference == str(base)
     assert any("not united" in note for note in united.notes)
-    with pytest.raises(PlanError, match=r"tokenizer: elsewhere is not among the models"):
+    with pytest.raises(PlanError, match=r"tokenizer_source: elsewhere is not among the models"):
         plan(dare(trio, tokenizer_source="elsewhere"))
+    with pytest.raises(PlanError, match=r"tokenizer\.source: elsewhere is not among the models"):
+        plan(dare(trio, tokenizer={"source": "elsewhere"}))
     with pytest.raises(PlanError, match=r"tokenizer\.pad_to_multiple_of.*not supported"):
         plan(dare(trio, tokenizer={"source": "base", "pad_to_multiple_of": 8}))
     assert any("chat_template" in note for note in plan(dare(trio, chat_template="chatml")).notes)

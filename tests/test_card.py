@@ -66,8 +66,9 @@ def test_models_of_intermediate_merges_are_lineage_and_the_merges_are_not(tmp_pa
     assert recipe_in(model_card(planned)) == documents
 
 
-def test_recipe_in_the_card_makes_the_same_plan(tmp_path: Path) -> None:
-    inputs = [models.save_decoder(tmp_path / name) for name in "ab"]
+def test_recipe_in_the_card_makes_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs = [models.save_decoder(Path(name)) for name in "ab"]
     recipe = models.recipe("linear", *inputs, parameters={"weight": [0.1, {"a": 1}["a"]]})
     planned = plan(recipe)
     (written,) = recipe_in(model_card(planned))
@@ -78,9 +79,28 @@ def test_recipe_in_the_card_makes_the_same_plan(tmp_path: Path) -> None:
 def test_paths_of_this_machine_are_shown_by_their_last_part(tmp_path: Path) -> None:
     inputs = [models.save_decoder(tmp_path / name) for name in ("mathematics", "poetry")]
     card = model_card(plan(models.recipe("linear", *inputs)))
-    prose = card.partition("## Recipe")[0]
-    assert str(tmp_path) not in prose
-    assert "- `mathematics`\n- `poetry`" in prose
+    assert "- `mathematics`\n- `poetry`" in card
+    assert recipe_in(card) == [models.recipe("linear", Path("mathematics"), Path("poetry"))]
+    assert str(tmp_path) not in card
+
+
+def test_paths_are_shortened_wherever_the_recipe_names_a_model(tmp_path: Path) -> None:
+    base, one, two = (models.save_decoder(tmp_path / name, seed=seed) for seed, name in enumerate(("base", "a", "b")))
+    sources = [{"model": {"path": f"{model}/"}, "layer_range": [0, 2]} for model in (one, two)]
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "slices": [{"sources": sources}],
+        "input_model_parameters": {str(one): {"weight": [{"filter": str(tmp_path), "value": 0.5}, {"value": 1}]}},
+        "tokenizer_source": f"model:{two}",
+    }
+    planned = plan(recipe)
+    (written,) = recipe_in(model_card(planned))
+    assert written["base_model"] == "base"
+    assert [source["model"] for source in written["slices"][0]["sources"]] == [{"path": "a"}, {"path": "b"}]
+    assert list(written["input_model_parameters"]) == ["a"]
+    assert written["tokenizer_source"] == "b"
+    assert planned.recipe.source == recipe
 
 
 @pytest.mark.parametrize(

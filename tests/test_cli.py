@@ -104,7 +104,7 @@ def test_dry_run_shows_the_plan_checks_the_output_and_writes_nothing() -> None:
 
 
 def test_overwrite_replaces_the_whole_folder() -> None:
-    weld("merge", "ties.yml", "out", "--shard-size", "1000")
+    weld("merge", "ties.yml", "out", "--shard-size", "1KB")
     assert weld("merge", "linear.yml", "out").code == 2
     assert weld("merge", "linear.yml", "out", "--overwrite").code == 0
     weld("merge", "linear.yml", "other")
@@ -245,6 +245,38 @@ def test_a_reader_that_goes_away_causes_no_traceback(arguments: list[str]) -> No
     assert done.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "ties.yml"], ["merge", "ties.yml", "out", "--json", "-q"]], ids=" ".join
+)
+def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*WELD, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr.splitlines() == ["error: standard output: cannot be written: No space left on device"]
+    assert done.returncode == 1
+
+
+def test_no_color_is_honoured_by_errors_and_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("folders.io.StringIO", Terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = weld("plan", "nowhere.yml").err + weld("plan", "ties.yml").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = weld("plan", "nowhere.yml").err + weld("plan", "ties.yml").out
+    assert "\x1b[31m" in coloured
+    assert "\x1b" not in plain
+
+
+def test_seeds_are_checked() -> None:
+    for seed in ("-5", str(2**63)):
+        result = weld("plan", "ties.yml", "--seed", seed)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == f"error: seed (--seed) is {seed}\n  fix: A seed is a whole number from 0 to 2**63 - 1\n"
+
+
 def test_a_terminal_shows_one_line_that_is_redrawn() -> None:
     import pty
 
@@ -297,7 +329,15 @@ def test_a_meter_counts_only_what_this_run_does() -> None:
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("5GB", 5 * 10**9), ("1.5 gb", 1_500_000_000), ("2GiB", 2**31), ("100", 100), ("7k", 7000), (" 1 TB ", 10**12)],
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5 gb", 1_500_000_000),
+        ("2GiB", 2**31),
+        ("100B", 100),
+        ("7k", 7000),
+        ("1000000", 10**6),
+        (" 1 TB ", 10**12),
+    ],
 )
 def test_sizes_are_read(text: str, nbytes: int) -> None:
     assert parse_size(text, "--x") == nbytes
@@ -306,6 +346,12 @@ def test_sizes_are_read(text: str, nbytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "5 XB", "-1GB", "1e9", "0", "0.5", "5GB5", "٣GB", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--x: .* is not a size"):
+        parse_size(text, "--x")
+
+
+@pytest.mark.parametrize("text", ["5", "1.5", "999999"])
+def test_a_size_whose_unit_was_forgotten_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=rf"--x: '{text}' has no unit.* Write {text}GB, or {text}B if bytes are meant"):
         parse_size(text, "--x")
 
 

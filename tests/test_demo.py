@@ -72,3 +72,10 @@ def test_page_needs_nothing_else(out: Path) -> None:
     page = (out / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|\bsrc=|\bhref=|@import|url\(", page)
     assert "prefers-color-scheme: dark" in page
+
+
+def test_the_mean_stands_first_where_a_narrow_screen_shows_it(out: Path, rows: list[dict[str, Any]]) -> None:
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<th>backbone</th><th>mean</th>" in page
+    shown = [float(value) for value in re.findall(r"<tr class=[^>]*><th>.*?</th><td[^>]*>.*?<b>([\d.]+)</b>", page)]
+    assert shown == [round(100 * sum(row["accuracy"].values()) / 4, 1) for row in rows]

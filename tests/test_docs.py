@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import weldment
+from folders import weld
 from weldment.recipe import load_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +49,13 @@ def llama(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=chance) for name, shape in shapes.items()} | constants
 
 
-def classifier(seed: int, classes: int) -> dict[str, torch.Tensor]:
-    """An encoder with a head of its own size, or without one."""
-    chance = torch.Generator().manual_seed(seed)
-    tensors = {"encoder.layer.0.dense.weight": torch.randn(8, 8, generator=chance)}
-    return tensors | ({"classifier.weight": torch.randn(classes, 8, generator=chance)} if classes else {})
+def save_encoder(folder: Path, seed: int, classes: int = 0) -> None:
+    """A tiny BERT with a head for this many classes, or without one, as transformers saves it."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=12, max_position_embeddings=16, num_labels=classes or 2, **sizes)
+    model = BertForSequenceClassification(config) if classes else BertModel(config)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -59,11 +63,12 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the models that the examples name."""
     monkeypatch.chdir(tmp_path)
     found = {name: llama(seed) for seed, name in enumerate(("base", "chat", "code", "math"))}
-    found |= {"encoder": classifier(5, 0), "sentiment": classifier(6, 2), "topics": classifier(7, 5)}
     for name, tensors in found.items():
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
         save_file(tensors, folder / "model.safetensors")
+    for seed, (name, classes) in enumerate({"encoder": 0, "sentiment": 2, "topics": 5}.items()):
+        save_encoder(tmp_path / "models" / name, seed, classes)
     return tmp_path
 
 
@@ -120,21 +125,34 @@ def test_recipes_of_the_examples_are_valid(recipe: Path) -> None:
 
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
 def test_python_of_the_pages_runs(page: Path, models: Path) -> None:
-    recipe = next(iter(blocks(page, "yaml")), None)
-    if recipe is not None:
-        (models / "recipe.yml").write_text(recipe, encoding="utf-8")
+    run_python(page, models)
+
+
+def run_python(page: Path, folder: Path) -> dict[str, Any]:
+    """Run the Python of a page and return its variables; `recipe.yml` is the recipe that the page showed last."""
     names: dict[str, Any] = {"__name__": "page"}
-    for number, text in enumerate(blocks(page, "python"), 1):
-        exec(compile(text, f"{name_of(page)}, Python block {number}", "exec", dont_inherit=True), names)
+    for number, (language, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")), 1):
+        if language == "yaml":
+            (folder / "recipe.yml").write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, f"{name_of(page)}, block {number}", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_a_head_goes_back_onto_the_merged_backbone(models: Path) -> None:
+    found = run_python(DOCS / "guide-merging.md", models)["model"].state_dict()
+    merged, expert = (load_file(models / name / "model.safetensors") for name in ("out", "models/sentiment"))
+    assert {name for name in found if name not in expert} == set()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, merged[name.removeprefix("bert.")] if name.startswith("bert.") else expert[name])
+    assert not torch.equal(merged["pooler.dense.weight"], expert["bert.pooler.dense.weight"])
 
 
 def test_readme_shows_a_real_error(models: Path) -> None:
     (models / "recipe.yml").write_text("merge_method: tis\nmodels: [models/chat]\n", encoding="utf-8")
-    with pytest.raises(weldment.RecipeError) as caught:
-        weldment.plan("recipe.yml")
-    error = caught.value
-    shown = f"error: {error.cause}\n  at:  {error.where}\n  fix: {error.fix}\n"
-    assert shown in blocks(ROOT / "README.md", "text")
+    result = weld("merge", "recipe.yml", "out")
+    assert (result.code, result.out) == (2, "")
+    assert result.err in blocks(ROOT / "README.md", "text")
 
 
 def test_readme_lists_every_method() -> None:

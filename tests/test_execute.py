@@ -40,7 +40,7 @@ def linear(*models: str, **more: Any) -> dict[str, Any]:
 )
 def test_rounding_that_overflows_is_an_error(tmp_path: Path, scale: float, recipe: dict[str, Any]) -> None:
     model = write(tmp_path / "a", {"big": torch.full((4, 3), scale), "small": torch.ones(3)})
-    with pytest.raises(NonFiniteError, match=r"big \(12 elements\).*too large weights, or a dtype too narrow"):
+    with pytest.raises(NonFiniteError, match=r"big \(12\).*too large weights, or a dtype too narrow"):
         weldment.merge(linear(model, **recipe), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
@@ -55,7 +55,7 @@ def test_largest_finite_values_pass(tmp_path: Path) -> None:
 def test_guilty_input_is_named(tmp_path: Path) -> None:
     good = write(tmp_path / "good", {"x": torch.ones(3), "y": torch.ones(3)})
     bad = write(tmp_path / "bad", {"x": torch.tensor([1.0, float("nan"), 1.0]), "y": torch.ones(3)})
-    with pytest.raises(NonFiniteError, match=r"1 tensor of the result: x \(1 elements\).*in the weights of .*bad;"):
+    with pytest.raises(NonFiniteError, match=r"1 tensor of the result \(elements\): x \(1\).*in the weights of .*bad;"):
         weldment.merge(linear(good, bad), tmp_path / "out")
     weldment.merge(linear(good, bad), tmp_path / "out", allow_nonfinite=True)
     assert torch.isnan(load_file(tmp_path / "out" / "model.safetensors")["x"][1])

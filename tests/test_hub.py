@@ -15,6 +15,7 @@ from hub_server import MEMBER, OUTSIDER, Client, HubServer, running_hub
 from weldment.checkpoint.hub import FIRST_BYTES, download, fetch, open_repo
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.opening import open_checkpoint
+from weldment.engine.progress import Silent
 from weldment.errors import CheckpointError, HubError, UserError
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
@@ -114,21 +115,16 @@ def test_a_file_smaller_than_the_first_request(hub: HubServer, client: Client) -
     assert_describes(client(open_repo, "org/small"), files, expected)
 
 
-def report_download(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, int]]:
-    arrived: dict[str, int] = {}
-    return download(checkpoint, arrived.__setitem__), arrived
-
-
 def test_downloading_gives_paths_and_offline_mode_needs_nothing_else(
     hub: HubServer, client: Client, offline: Client
 ) -> None:
     files, expected = sharded(seed=7)
     commit = hub.add("org/whole", files)
     remote = client(open_repo, "org/whole")
-    local, arrived = client(report_download, remote)
+    local = client(download, remote)
     assert local.is_local
-    assert set(arrived) == {file.name for file in local.weight_files} | set(local.side_files)
-    assert all(size == len(files[name]) for name, size in arrived.items())
+    for name in (*(file.name for file in local.weight_files), *local.side_files):
+        assert (local.root / name).read_bytes() == files[name]
     assert (local.root / "tokenizer.json").read_bytes() == TOKENIZER
     assert not (local.root / "tf_model.h5").exists()
     assert {n: (e.dtype, e.shape, e.offset) for n, e in local.tensors.items()} == {
@@ -292,14 +288,26 @@ def test_a_damaged_file_on_the_hub_is_named(hub: HubServer, client: Client) -> N
         client(open_repo, "org/damaged")
 
 
-def plan_and_merge(recipe: Mapping[str, object], out: Path) -> tuple[list[int], dict[str, object]]:
-    """Bytes that the plan says must be downloaded, and the manifest of the merge."""
+class Listener(Silent):
+    """Keeps the messages."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def plan_and_merge(recipe: Mapping[str, object], out: Path) -> tuple[list[int], list[str], dict[str, object]]:
+    """Bytes that the plan says must be downloaded, what is said of it, and the manifest of the merge."""
     import weldment
 
     planned = weldment.plan(recipe)
     missing = [file.size for model in planned.models.values() for file in model.weight_files if file.path is None]
-    weldment.merge(recipe, out)
-    return missing, json.loads((out / "weldment.json").read_text())
+    heard = Listener()
+    weldment.merge(recipe, out, progress=heard)
+    said = [text for text in heard.texts if text.startswith("downloading")]
+    return missing, said, json.loads((out / "weldment.json").read_text())
 
 
 def test_a_merge_of_hub_models(hub: HubServer, client: Client, tmp_path: Path) -> None:
@@ -308,8 +316,9 @@ def test_a_merge_of_hub_models(hub: HubServer, client: Client, tmp_path: Path) -
     second_files, second = sharded(20)
     commits = [hub.add("org/first", first_files), hub.add("org/second", second_files)]
     recipe = {"models": [{"model": "org/first"}, {"model": "org/second@main"}], "merge_method": "linear"}
-    missing, manifest = client(plan_and_merge, recipe, tmp_path / "out")
+    missing, said, manifest = client(plan_and_merge, recipe, tmp_path / "out")
     assert sorted(missing) == sorted(len(f[n]) for f in (first_files, second_files) for n in f if n.endswith("tensors"))
+    assert said == ["downloading org/first, 2.1 MB", "downloading org/second@main, 2.1 MB"]
     merged = load((tmp_path / "out" / "model.safetensors").read_bytes())
     for name, tensor in first.items():
         expected = ((tensor.float() + second[name].float()) / 2).bfloat16()

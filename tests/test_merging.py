@@ -12,7 +12,7 @@ import torch
 
 import models
 from models import ARCHITECTURES, State
-from weldment import CheckpointError, MergeError, NonFiniteError, OutputError, merge, plan, verify
+from weldment import CheckpointError, MergeError, NonFiniteError, OutputError, UserError, merge, plan, verify
 from weldment.checkpoint import staging
 from weldment.engine.progress import Silent
 
@@ -173,6 +173,30 @@ def test_files_beside_the_weights_come_from_the_base(tmp_path: Path) -> None:
         assert found[name].endswith(b" 0"), name
     assert b"about the base" not in found["README.md"]
     assert f"2_Dense/model.safetensors is copied from {base}, not merged" in result.plan.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": -5}, r"seed \(--seed\) is -5. A seed is a whole number from 0 to 2\*\*63 - 1"),
+        ({"seed": 2**63}, "A seed is"),
+        ({"seed": 1.5}, "A seed is"),
+        ({"seed": True}, "A seed is"),
+        ({"shard_size": 0}, r"shard_size \(--shard-size\) is 0. Give bytes as a number, such as 2_000_000_000"),
+        ({"shard_size": -1}, "Give bytes"),
+        ({"shard_size": None}, "Give bytes"),
+        ({"shard_size": "5GB"}, "is '5GB'. Give bytes"),
+        ({"max_memory": "2GB"}, r"max_memory \(--max-memory\) is '2GB'. Give bytes"),
+        ({"max_memory": float("nan")}, "Give bytes"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    recipe = models.recipe("linear", *(models.save_decoder(tmp_path / name) for name in "ab"))
+    with pytest.raises(UserError, match=words):
+        merge(recipe, tmp_path / "out", **options)
+    if "max_memory" not in options:
+        with pytest.raises(UserError, match=words):
+            plan(recipe, **options)
 
 
 def test_tokenizer_comes_from_the_model_that_gives_the_embeddings(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from weldment.checkpoint.contents import side_files
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.opening import open_checkpoint
-from weldment.errors import CheckpointError
+from weldment.errors import CheckpointError, HubError
 
 SHARED = Path(__file__).parents[2] / "shared"
 W = {"w": torch.ones(2, 3)}
@@ -280,6 +280,27 @@ def test_a_misspelt_path_suggests_its_neighbour(tmp_path: Path) -> None:
     model(tmp_path / "expert-math", {"model.safetensors": W})
     with pytest.raises(CheckpointError, match=f"Did you mean {tmp_path}/expert-math"):
         open_checkpoint(str(tmp_path / "expert-meth"))
+
+
+def test_a_misspelt_name_beside_a_local_model_is_not_asked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    model(tmp_path / "models" / "chat", {"model.safetensors": W})
+    with pytest.raises(CheckpointError, match=r"no file or folder 'models/chta'. Did you mean models/chat\?") as caught:
+        open_checkpoint("models/chta")
+    assert str(caught.value).endswith("For a model of this name on the Hub, write models/chta@main")
+
+
+def test_what_has_no_neighbour_is_asked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model(tmp_path / "models" / "chat", {"model.safetensors": W})
+    with pytest.raises(HubError, match=r"^models/poetry: there is no 'poetry' in the folder models, and is not compl"):
+        open_checkpoint("models/poetry")
+    with pytest.raises(HubError, match=r"^models/chta@main: is not complete in the cache"):
+        open_checkpoint("models/chta@main")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_experts_keep_their_parameters() -> None:
             "merges 2 models, the base among them, and here are 3. `base_model` must be one of the two",
         ),
         ("pair", "a", "a", "merges 2 models, the base among them, and here is 1"),
-        ("pair", "abc", "a", "and here are 3"),
+        ("pair", "abc", "a", "and here are 3. Remove models, or use a method that merges any number, such as"),
         ("single", "ab", None, "single merges 1 model and here are 2"),
         ("few", "abcd", None, "few merges 2 to 3 models and here are 4"),
         ("few", "a", "a", "few merges 2 to 3 models and here is 1"),

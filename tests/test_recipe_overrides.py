@@ -68,7 +68,7 @@ def test_refuses_naming_the_override(override: str, words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         changed(override)
     assert words in str(caught.value)
-    assert str(caught.value).startswith("--set ")
+    assert str(caught.value).startswith("override (--set) ")
 
 
 @given(st.text(max_size=30) | st.from_regex(r'(models|dtype)(\[\d\]|\.\w|\."x")*=.?', fullmatch=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tensors = load_file(folder / "model.safetensors")
         save_file({**tensors, "classifier.weight": torch.ones(seed + 2, 8)}, folder / "model.safetensors")
         (folder / "tokenizer.json").write_text("{}")
-    result = weld("merge", write_recipe(tmp_path / "r.yml", HEADS), "out", "--shard-size", "1500")
+    result = weld("merge", write_recipe(tmp_path / "r.yml", HEADS), "out", "--shard-size", "1500B")
     assert result.code == 0, result
     return tmp_path / "out"
 
@@ -120,8 +121,11 @@ def test_a_change_is_found_and_named(out: Path, change: Callable[[Path], object]
     assert (result.code, result.out) == (1, "")
     for word in words:
         assert word in result.err, result.err
-    listed = json.loads(weld("verify", "out", "--json").out)
+    as_json = weld("verify", "out", "--json")
+    listed = json.loads(as_json.out)
     assert listed["ok"] is False
+    (line,) = as_json.err.splitlines()
+    assert re.fullmatch(r"error: out: \d+ differences? from what was written", line)
     assert all(problem in result.err for problem in listed["problems"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from weldment.checkpoint.opening import open_checkpoint
 from weldment.checkpoint.staging import Staging, check_output
 from weldment.engine.memory import fit
 from weldment.engine.progress import Progress, Silent
-from weldment.errors import CheckpointError, OutputError, joined
+from weldment.errors import CheckpointError, OutputError, UserError, joined
 from weldment.planning.plan import Plan
 from weldment.planning.stages import plan_merges
 from weldment.recipe import Recipe, load_recipes
+from weldment.recipe.recipe import SEED, is_seed
 from weldment.writing import Run
 
 RecipeSource = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -38,7 +40,10 @@ def plan(
     shard_size: int = SHARD_BYTES,
     seed: int | None = None,
 ) -> Plan:
-    """Plan a merge from headers alone: nothing is downloaded but configs, nothing is written.
+    """Plan a merge from headers alone: no weights are read, and nothing is written.
+
+    Of models on the Hub, the JSON files that describe them (the configuration, and `tokenizer.json` where
+    token embeddings are merged) are downloaded, and weights only where they are PyTorch files.
 
     Args:
         recipe: a YAML file, or its content as a mapping (or several, for staged merges).
@@ -49,6 +54,7 @@ def plan(
     Raises:
         UserError: recipe or models are at fault; the message lists every problem found.
     """
+    _check_numbers(seed=seed, shard_size=shard_size)
     recipes = load_recipes(recipe, overrides=overrides)
     return plan_merges(recipes, open_models(recipes), shard_bytes=shard_size, seed=seed)
 
@@ -115,25 +121,46 @@ def merge(
         UserError: recipe, models or output folder are at fault; nothing was written.
         MergeError: the merge failed while it ran.
     """
+    _check_numbers(seed=seed, shard_size=shard_size, max_memory=max_memory)
     recipes = load_recipes(recipe, overrides=overrides)
     models = open_models(recipes)
     target = Path(out)
     check_target(target, recipe, models, overwrite=overwrite)
     planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     machine, block = fit(planned, device, threads, max_memory)
-    if not planned.is_local:
-        # Only models on the Hub need its library, which takes longer to import than to plan a merge.
-        from weldment.checkpoint.hub import download
-
-        models = {reference: download(model) for reference, model in models.items()}
-        planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     progress = progress or Silent()
+    if not planned.is_local:
+        models = {reference: _downloaded(model, progress) for reference, model in models.items()}
+        planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     for note in planned.notes:
         progress.message(f"note: {note}")
     run = Run(planned, machine, block, progress, allow_nonfinite)
     with Staging(target) as staging:
         checksums = run.into(staging, overwrite=overwrite, resume=resume)
     return MergeResult(target, planned, checksums)
+
+
+def _check_numbers(*, seed: int | None, shard_size: int, max_memory: int | None = None) -> None:
+    """UserError for numbers that mean nothing; the command line's have been read, but not all checked."""
+    if seed is not None and not is_seed(seed):
+        raise UserError(f"seed (--seed) is {seed!r}", fix=f"A seed is {SEED}")
+    sizes: dict[str, object] = {"shard_size (--shard-size)": shard_size}
+    if max_memory is not None:
+        sizes["max_memory (--max-memory)"] = max_memory
+    for name, size in sizes.items():
+        if not isinstance(size, (int, float)) or isinstance(size, bool) or not 1 <= size < math.inf:
+            raise UserError(f"{name} is {size!r}", fix="Give bytes as a number, such as 2_000_000_000")
+
+
+def _downloaded(model: Checkpoint, progress: Progress) -> Checkpoint:
+    if model.is_local:
+        return model
+    # Only models on the Hub need its library, which takes longer to import than to plan a merge.
+    from weldment.checkpoint.hub import download
+
+    missing = sum(file.size for file in model.weight_files if file.path is None)
+    progress.message(f"downloading {model.reference}, {missing / 1e6:.1f} MB")
+    return download(model)
 
 
 def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Checkpoint], *, overwrite: bool) -> None:

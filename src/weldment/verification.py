@@ -28,6 +28,12 @@ class Verification:
     nbytes: int
     problems: tuple[str, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """How many differences there are."""
+        count = "1 difference" if len(self.problems) == 1 else f"{len(self.problems)} differences"
+        return f"{count} from what was written"
+
 
 def verify(out: str | Path, *, threads: int | None = None) -> Verification:
     """Check every tensor and file of an output against its manifest.
@@ -48,12 +54,11 @@ def require_unchanged(out: str | Path, found: Verification) -> None:
     shown = [f"  - {problem}" for problem in found.problems[:_LISTED]]
     if len(found.problems) > _LISTED:
         shown.append(f"  - and {len(found.problems) - _LISTED} more")
-    count = "1 difference" if len(found.problems) == 1 else f"{len(found.problems)} differences"
     listing = "\n".join(shown)
     raise VerificationError(
-        f"{count} from what was written:\n{listing}",
+        f"{found.summary}:\n{listing}",
         where=str(out),
-        fix="Merge again with --overwrite if the changes are not yours",
+        fix="Merge again and overwrite (--overwrite) if the changes are not yours",
     )
 
 
@@ -64,7 +69,7 @@ def compare(out: str | Path, *, threads: int | None = None) -> Verification:
         UserError: `out` is not an output of a merge.
     """
     if threads is not None and threads < 1:
-        raise UserError(f"the number of threads is {threads}", where="--threads", fix="It must be at least 1")
+        raise UserError(f"threads (--threads) is {threads}", fix="It must be at least 1")
     folder = Path(out)
     if not folder.is_dir():
         raise UserError("there is no such folder", where=str(out), fix="Give a folder that `weld merge` wrote")

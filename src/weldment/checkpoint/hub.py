@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar, cast
 
 from huggingface_hub import (
@@ -177,13 +176,11 @@ def open_repo(repo: str, revision: str | None = None) -> Checkpoint:
     return _localised(checkpoint, found) if len(found) == len(paths) else checkpoint
 
 
-def download(checkpoint: Checkpoint, progress: Callable[[str, int], None] | None = None) -> Checkpoint:
+def download(checkpoint: Checkpoint) -> Checkpoint:
     """Download a model that `open_repo` opened, its weights and its side files, into the cache.
 
     Args:
         checkpoint: from `open_repo`; one that is complete on this machine is returned as it is.
-        progress: called with the name and size in bytes of each file when it has arrived, by one
-            thread at a time.
 
     Returns:
         The same checkpoint with paths.
@@ -194,17 +191,9 @@ def download(checkpoint: Checkpoint, progress: Callable[[str, int], None] | None
     repo, commit = checkpoint.repo, checkpoint.revision
     if checkpoint.root is not None or repo is None or commit is None:
         return checkpoint
-
-    lock = Lock()
-
-    def one(name: str) -> tuple[str, Path]:
-        path = fetch(repo, name, commit)
-        if progress is not None:
-            with lock:
-                progress(name, path.stat().st_size)
-        return name, path
-
-    local = _localised(checkpoint, dict(_parallel(one, _wanted(checkpoint))))
+    names = _wanted(checkpoint)
+    paths = _parallel(lambda name: fetch(repo, name, commit), names)
+    local = _localised(checkpoint, dict(zip(names, paths, strict=True)))
     _record_revision(local, repo)
     return local
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from weldment.checkpoint.local import is_weights, open_file, open_folder
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.refusals import refuse_base_and_adapter
-from weldment.errors import CheckpointError
+from weldment.errors import CheckpointError, HubError
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -46,10 +46,19 @@ def _open(reference: str) -> Checkpoint:
     match = HUB_ID.fullmatch(reference)
     if match is None or is_weights(reference) or reference.endswith(".gguf"):
         raise _missing(reference, path)
+    is_neighbour = len(path.parts) == 2 and path.parent.is_dir() and match["revision"] is None
+    if is_neighbour and _nearest(path) is not None:
+        raise _missing(reference, path)
     # Only models on the Hub need its library, which takes longer to import than to open a folder.
     from weldment.checkpoint.hub import open_repo
 
-    return open_repo(match["repo"], match["revision"])
+    try:
+        return open_repo(match["repo"], match["revision"])
+    except HubError as error:
+        if not is_neighbour:
+            raise
+        cause = f"there is no {path.name!r} in the folder {path.parent}, and {error.cause}"
+        raise HubError(cause, where=error.where, fix=error.fix) from error
 
 
 def _exists(path: Path) -> bool:
@@ -63,7 +72,9 @@ def _missing(reference: str, path: Path) -> CheckpointError:
     fix = "Name an existing folder or file, or a model on the Hub as org/name or org/name@revision"
     near = _nearest(path)
     if near is not None:
-        fix = f"Did you mean {near}?"
+        is_name = HUB_ID.fullmatch(reference) is not None and not is_weights(reference)
+        hub = f" For a model of this name on the Hub, write {reference}@main" if is_name else ""
+        fix = f"Did you mean {near}?{hub}"
     return CheckpointError(f"there is no file or folder {reference!r}", fix=fix)
 
 

@@ -10,10 +10,6 @@ from weldment.errors import CheckpointError
 ADAPTER_CONFIG = "adapter_config.json"
 UNQUANTISED = "Use the unquantised model, or dequantise this one and save it in bfloat16"
 
-APPLY_FIRST = (
-    "This version does not apply adapters while it merges: "
-    "apply it with PEFT (merge_and_unload), save the model, and name that folder"
-)
 
 METHOD_NAMES = {
     "bitsandbytes": "bitsandbytes",
@@ -91,14 +87,20 @@ def refuse_adapter(config: Any, where: str) -> NoReturn:
     named = base if isinstance(base, str) and base else None
     cause = f"is a {kind or 'PEFT'} adapter of {named or 'a base model that it does not name'}, not a whole model"
     spelling = f"{named or '<base>'}+{where}"
-    raise CheckpointError(f"{cause}; it is spelled {spelling!r}", where=where, fix=APPLY_FIRST)
+    planned = f"it will be spelled {spelling!r} when adapters can be merged, which this version cannot"
+    raise CheckpointError(f"{cause}; {planned}", where=where, fix=_apply_first(named or "its base"))
 
 
 def refuse_base_and_adapter(reference: str) -> None:
     """CheckpointError if the reference names a base model and an adapter, `base+adapter`."""
     base, plus, adapter = reference.partition("+")
     if plus:
-        raise CheckpointError(f"{reference!r} is the adapter {adapter!r} on {base!r}", fix=APPLY_FIRST)
+        cause = f"{reference!r} is the adapter {adapter!r} on {base!r}, and this version cannot merge adapters"
+        raise CheckpointError(cause, fix=_apply_first(base))
+
+
+def _apply_first(base: str) -> str:
+    return f"Merge it into {base} first, with PEFT's merge_and_unload, save that model, and name its folder"
 
 
 def refuse_gguf(where: str) -> NoReturn:

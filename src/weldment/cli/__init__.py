@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from weldment.cli import merge, methods, plan, verify
-from weldment.cli.console import complain, interruptible
+from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.errors import WeldmentError
 from weldment.version import __version__
 
@@ -67,4 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         complain(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if "--debug" in given:
+            raise
+        complain_of_output(error)
+        sys.exit(1)
     sys.exit(0)

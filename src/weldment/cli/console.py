@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,20 +17,25 @@ from weldment.errors import UserError, WeldmentError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_LEAST_BARE = 10**6
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 INTERRUPTED = 130
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes from `5GB`, `512MiB` or a plain number.
+    """Bytes from `5GB`, `512MiB` or a plain number of at least a million.
 
     Raises:
-        UserError: not a size.
+        UserError: not a size, or a number so small that its unit must have been forgotten.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     number = 0 if match is None else float(match[1]) * _UNITS.get(match[2].upper(), 0)
-    if not 1 <= number < math.inf:
+    if match is None or not 1 <= number < math.inf:
         raise UserError(f"{text!r} is not a size", where=option, fix="Write it like 5GB, 500MB or 2GiB")
+    if not match[2] and number < _LEAST_BARE:
+        fix = f"Write {match[1]}GB, or {match[1]}B if bytes are meant"
+        raise UserError(f"{text!r} has no unit, and so few bytes must be a slip", where=option, fix=fix)
     return int(number)
 
 
@@ -85,12 +93,30 @@ def columns(rows: Sequence[Sequence[str]], width: int, right: Sequence[int] = ()
     return lines
 
 
+def styled(text: str, **style: Any) -> str:
+    """The text with colours and weights, unless the variable NO_COLOR asks for none."""
+    return text if os.environ.get("NO_COLOR") else typer.style(text, **style)
+
+
 def complain(error: WeldmentError) -> None:
     """Print an error to standard error: place, cause, fix."""
-    place = typer.style(f"{error.where}: ", bold=True) if error.where else ""
-    typer.echo(f"{typer.style('error: ', fg='red', bold=True)}{place}{error.cause}", err=True)
+    place = styled(f"{error.where}: ", bold=True) if error.where else ""
+    typer.echo(f"{styled('error: ', fg='red', bold=True)}{place}{error.cause}", err=True)
     if error.fix:
-        typer.echo(f"{typer.style('  fix: ', dim=True)}{error.fix}", err=True)
+        typer.echo(f"{styled('  fix: ', dim=True)}{error.fix}", err=True)
+
+
+def complain_of_output(error: OSError) -> None:
+    """Say that standard output cannot be written, if the error is of that kind; otherwise raise it.
+
+    Full disks are the only failures to write that commands leave to their caller, and output that
+    is redirected there is the only thing that they write outside a merge.
+    """
+    if error.errno not in _FULL or error.filename is not None:
+        raise error
+    # Python would try to write the rest once more, and complain, when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    complain(WeldmentError(f"cannot be written: {error.strerror}", where="standard output"))
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:

@@ -54,6 +54,7 @@ def command(
     OUT appears only when it is complete. A merge that was interrupted goes on where it was when
     the same command is run again.
     """
+    import os
     import time
 
     from weldment.cli.console import parse_size
@@ -62,6 +63,9 @@ def command(
     from weldment.engine.memory import fit
     from weldment.merging import check_target, merge, plan
 
+    if quiet:
+        # huggingface_hub, which is not imported yet, has progress bars of its own.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     shard = parse_size(shard_size, "--shard-size")
     if dry_run:

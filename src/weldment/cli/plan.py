@@ -27,7 +27,8 @@ def command(
 ) -> None:
     """Show what a merge would do, from headers alone.
 
-    No weights are downloaded or read, and nothing is written.
+    No weights are read, and nothing is written. Of models on the Hub, configurations and
+    tokenizer.json are downloaded, and weights only where they are PyTorch files.
     """
     from weldment.cli.console import parse_size
     from weldment.engine.run import default_threads

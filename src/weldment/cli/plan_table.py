@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from weldment.cli.console import columns, count, plural, size
+from weldment.cli.console import columns, count, plural, size, styled
 from weldment.methods import METHODS
 from weldment.planning.layers import layer_of
 
@@ -30,7 +28,7 @@ def describe(planned: Plan, cast: Forecast, *, every: bool = False, width: int =
     """
     settings = Settings.of(planned)
     return [
-        typer.style(_title(planned), bold=True),
+        styled(_title(planned), bold=True),
         *columns([*_models(planned, settings), *_slices(planned)], width),
         *columns([("with ", settings.shared())] if settings.shared() else [], width),
         "",
@@ -184,7 +182,7 @@ def _table(planned: Plan, settings: Settings, every: bool, width: int) -> list[s
         rows.append((name, str(len(jobs)), shape, dtypes, _how(jobs, settings)))
     kept = [n for n in range(5) if any(row[n] for row in rows[1:])]
     head, *lines = columns([[row[n] for n in kept] for row in rows], width, right=(1,))
-    return [typer.style(head, dim=True), *lines]
+    return [styled(head, dim=True), *lines]
 
 
 def _groups(planned: Plan, every: bool) -> dict[str, list[TensorJob]]:

@@ -23,12 +23,16 @@ def command(
     import json
 
     from weldment.cli.console import plural, size
+    from weldment.errors import VerificationError
     from weldment.verification import compare, require_unchanged
 
     found = compare(out, threads=threads)
-    if as_json:
+    if not as_json:
+        require_unchanged(out, found)
+    else:
         record = {"ok": not found.problems, "tensors": found.tensors, "files": found.files, "bytes": found.nbytes}
         typer.echo(json.dumps({**record, "problems": found.problems}, indent=1))
-    require_unchanged(out, found)
+        if found.problems:
+            raise VerificationError(found.summary, where=str(out))
     if not quiet and not as_json:
         typer.echo(f"ok: {plural(found.tensors, 'tensor')}, {plural(found.files, 'file')}, {size(found.nbytes)}")

@@ -117,9 +117,9 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
 def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: _Inputs, run: Execution) -> None:
     """Report or refuse tensors with NaN or infinity, and say which inputs have them."""
     count = len(nonfinite)
-    shown = [f"{jobs[label].name} ({nonfinite[label]} elements)" for label in sorted(nonfinite)[:_SHOWN]]
+    shown = [f"{jobs[label].name} ({nonfinite[label]})" for label in sorted(nonfinite)[:_SHOWN]]
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-    cause = f"NaN or infinity in {count} tensor{'s' if count > 1 else ''} of the result: {', '.join(shown)}{more}"
+    cause = f"NaN or infinity in {count} tensor{'s' if count > 1 else ''} of the result (elements): {', '.join(shown)}{more}"
     guilty = dict.fromkeys(
         model for label in sorted(nonfinite)[:_SHOWN] for model in _not_finite(jobs[label], inputs, run.machine)
     )

@@ -44,7 +44,8 @@ def tokenizer_model(
         chosen = next((found.model for found in taken if found.name == embedding), config_model(inputs))
     if chosen not in inputs.models:
         fix = f"Name one of: base, union, {', '.join(inputs.models)}"
-        where = f"{inputs.recipe.origin}: tokenizer"
+        key = "tokenizer.source" if inputs.recipe.source.get("tokenizer_source") is None else "tokenizer_source"
+        where = f"{inputs.recipe.origin}: {key}"
         problems.append(PlanError(f"{chosen} is not among the models of this merge", where=where, fix=fix))
         chosen = inputs.reference
     stage = _stage(chosen, stages)

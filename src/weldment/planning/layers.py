@@ -10,7 +10,9 @@ from typing import Any
 from weldment.errors import PlanError
 
 _EMBEDDINGS = re.compile(r"(^|\.)(embed\w*|\w*embeddings?|wte|wpe|shared)(\.|$)", re.IGNORECASE)
-_NOT_TEXT = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
+OTHER_TOWER = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
+"""Names of parts of a model that are not its language model."""
+
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
 """Keys of configs that state a number of layers."""
 
@@ -71,7 +73,7 @@ def sliced_stack(stacks: Mapping[str, int], config: Mapping[str, Any], where: st
     if len(stacks) == 1:
         return next(iter(stacks))
     depth = depth_of(config)
-    fitting = [stack for stack, count in stacks.items() if count == depth and not _NOT_TEXT.search(stack)]
+    fitting = [stack for stack, count in stacks.items() if count == depth and not OTHER_TOWER.search(stack)]
     if len(fitting) == 1:
         return fitting[0]
     listing = ", ".join(f"{stack} ({count} layers)" for stack, count in stacks.items()) or "none"

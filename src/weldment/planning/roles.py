@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from weldment.checkpoint.model import TensorEntry
+from weldment.planning.layers import OTHER_TOWER
 
 Tensors = Mapping[str, TensorEntry]
 
@@ -21,7 +22,6 @@ _COPIES = (
 )
 """Tensors that models of some families store twice: the copy's name, and the original's."""
 
-_OTHER_TOWER = re.compile(r"vision|visual|image|audio", re.IGNORECASE)
 _RECOMPUTED = re.compile(
     r"(^|\.)(position_ids|token_type_ids|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias|attn\.bias"
     r"|attention\.bias|causal_mask)$"
@@ -50,7 +50,7 @@ def is_head(name: str) -> bool:
 
 def input_embedding(tensors: Iterable[str]) -> str | None:
     """The name of the token embeddings, None if the model has none that is known by name."""
-    found = [name for name in tensors if _INPUT.search(name) and not _OTHER_TOWER.search(name)]
+    found = [name for name in tensors if _INPUT.search(name) and not OTHER_TOWER.search(name)]
     shared = [name for name in found if name.endswith("shared.weight")]
     return next(iter(shared + found), None)
 

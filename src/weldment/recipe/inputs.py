@@ -82,11 +82,15 @@ def _count(
     left = len(listed) - len(experts)
     besides = " besides the base" if left > 0 else ""
     cause = f"{method.name} merges {amount} {noun}{remark} and here {_are(len(experts))}{besides}"
-    is_extra = any(expert.where == IMPLIED for expert in experts)
-    fix = "`base_model` must be one of the two models" if is_extra else None
+    return [place.at(path).problem(cause, _count_advice(experts, low))]
+
+
+def _count_advice(experts: Sequence[Input], low: int) -> str:
     if len(experts) < low:
-        fix = "Name another model"
-    return [place.at(path).problem(cause, fix)]
+        return "Name another model"
+    if any(expert.where == IMPLIED for expert in experts):
+        return "`base_model` must be one of the two models"
+    return "Remove models, or use a method that merges any number, such as multislerp or linear"
 
 
 def _are(count: int) -> str:

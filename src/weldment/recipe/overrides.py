@@ -23,7 +23,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> None:
         RecipeError: the path or the value cannot be read, or the path leads nowhere.
     """
     for override in overrides:
-        place = Place(f"--set {shown(override)}")
+        place = Place(f"override (--set) {shown(override)}")
         text, equals, value = _split(override)
         if not equals:
             raise place.problem("there is no `=`", "Write it as path=value")

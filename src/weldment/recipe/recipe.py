@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SEED = "a whole number from 0 to 2**63 - 1"
+"""What a seed is, for messages."""
+
 Settings = Mapping[str, Any]
 """Parameters as written: name -> scalar, gradient (list of scalars) or list of {filter, value}."""
 
@@ -88,6 +91,11 @@ class Recipe:
         for model in self.models if not self.slices else ():
             found.setdefault(model.model, model.where)
         return found
+
+
+def is_seed(value: object) -> bool:
+    """Whether a value can be the seed of random methods."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def canonical(recipe: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Parameters of methods are only checked to be mappings here; `settings` knows wha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -15,10 +15,12 @@ from pydantic_core import ErrorDetails
 from weldment.checkpoint import dtypes
 from weldment.errors import RecipeError
 from weldment.methods import METHODS
+from weldment.recipe.recipe import SEED, is_seed
+from weldment.recipe.settings import known_parameters
 from weldment.recipe.words import Place, shown, suggestion
 
 _NAME = re.compile(r"\w[\w.-]*")
-_SEED_END = 2**63
+_TEXT_RANGE = re.compile(r"\D*(\d+)\D+(\d+)\D*", re.ASCII)
 
 
 class _RefusedError(ValueError):
@@ -63,13 +65,20 @@ def _whole_number(value: object) -> bool:
 
 def _layer_range(value: object) -> object:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_whole_number, value)):
-        raise _RefusedError(f"{shown(value)} is not two whole numbers [start, end], the end not included")
+        cause = f"{shown(value)} is not two whole numbers [start, end], the end not included"
+        raise _RefusedError(cause, _range_advice(value))
     start, end = value
     if start < 0:
         raise _RefusedError(f"{shown(value)} begins before layer 0")
     if start >= end:
         raise _RefusedError(f"{shown(value)} is empty: in [start, end] the end must be greater")
     return start, end
+
+
+def _range_advice(value: object) -> str | None:
+    """How to write a range that is text, such as `0-4`."""
+    match = _TEXT_RANGE.fullmatch(value) if isinstance(value, str) else None
+    return match and f"Write it as [{match[1]}, {match[2]}], which ends before layer {match[2]}"
 
 
 def _method(value: object) -> object:
@@ -98,8 +107,8 @@ def _accumulate(value: object) -> object:
 
 
 def _seed(value: object) -> object:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _SEED_END:
-        raise _RefusedError(f"{shown(value)} is not a seed: a whole number from 0 to 2**63 - 1")
+    if not is_seed(value):
+        raise _RefusedError(f"{shown(value)} is not a seed: {SEED}")
     return value
 
 
@@ -256,8 +265,7 @@ def _problem(details: ErrorDetails, place: Place) -> RecipeError:
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
         key = str(steps[-1])
-        fields = _fields(steps[:-1])
-        return place.at(*steps).problem(f"there is no key `{key}`", suggestion(key, fields))
+        return place.at(*steps).problem(f"there is no key `{key}`", _key_advice(key, _fields(steps[:-1])))
     if kind == "missing":
         return place.at(*steps[:-1]).problem(f"the key `{steps[-1]}` is missing")
     if kind == "too_short":
@@ -267,6 +275,12 @@ def _problem(details: ErrorDetails, place: Place) -> RecipeError:
     if kind in _EXPECTED:
         return place.at(*steps).problem(f"{shown(value)} is not {_EXPECTED[kind]}")
     return place.at(*steps).problem(f"{shown(value)} is not valid: {details['msg'].lower()}")
+
+
+def _key_advice(key: str, fields: Sequence[str]) -> str:
+    if "parameters" in fields and key in known_parameters():
+        return f"It is a parameter: write it as `parameters: {{{key}: ...}}`"
+    return suggestion(key, fields)
 
 
 def _fields(steps: tuple[int | str, ...]) -> list[str]:
@@ -296,5 +310,6 @@ def _unequal_slices(section: RecipeSection, place: Place) -> list[RecipeError]:
         lengths = [source.layer_range[1] - source.layer_range[0] for source in piece.sources]
         if len(set(lengths)) > 1:
             cause = f"the sources have {', '.join(map(str, lengths))} layers; they must have equally many"
-            found.append(place.at(*("slices", index, "sources")).problem(cause))
+            fix = "Write ranges of one length, [start, end] with the end not included"
+            found.append(place.at(*("slices", index, "sources")).problem(cause, fix))
     return found

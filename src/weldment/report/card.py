@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,27 @@ def _title(plan: Plan) -> str:
 
 
 def _recipe_text(plan: Plan) -> str:
-    documents = [yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True) for document in recipes(plan)]
-    return "\n---\n".join(document.strip() for document in documents)
+    names = _public_names(plan)
+    documents = [_renamed(document, names) for document in recipes(plan)]
+    return "\n---\n".join(yaml.safe_dump(d, sort_keys=False, allow_unicode=True).strip() for d in documents)
+
+
+def _public_names(plan: Plan) -> dict[str, str]:
+    """The models that the recipe names by absolute paths, which are nobody's business, and their last parts."""
+    references = [reference for each in (plan, *plan.stages) for reference in each.models]
+    return {text: Path(text).name for text in references if Path(text).expanduser().is_absolute()}
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A recipe, or a part of it, with other names of models."""
+    if isinstance(value, Mapping):
+        return {_renamed(key, names): _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    if not isinstance(value, str):
+        return value
+    reference = value.strip().rstrip("/").removeprefix("model:")
+    return names.get(reference, value)
 
 
 def _metadata(plan: Plan) -> dict[str, Any]:
