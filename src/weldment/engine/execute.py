@@ -119,7 +119,8 @@ def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: 
     count = len(nonfinite)
     shown = [f"{jobs[label].name} ({nonfinite[label]})" for label in sorted(nonfinite)[:_SHOWN]]
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-    cause = f"NaN or infinity in {count} tensor{'s' if count > 1 else ''} of the result (elements): {', '.join(shown)}{more}"
+    tensors = f"{count} tensor{'s' if count > 1 else ''}"
+    cause = f"NaN or infinity in {tensors} of the result (elements): {', '.join(shown)}{more}"
     guilty = dict.fromkeys(
         model for label in sorted(nonfinite)[:_SHOWN] for model in _not_finite(jobs[label], inputs, run.machine)
     )
