@@ -61,6 +61,10 @@ def test_guilty_input_is_named(tmp_path: Path) -> None:
     assert torch.isnan(load_file(tmp_path / "out" / "model.safetensors")["x"][1])
 
 
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_from_the_keyboard(tmp_path: Path) -> None:
     """A real process with real threads: exit 130, and the rerun gives the bytes of an uninterrupted run."""
     draw = torch.Generator().manual_seed(0)
@@ -72,7 +76,8 @@ def test_interrupt_from_the_keyboard(tmp_path: Path) -> None:
     recipe["parameters"] = {"density": 0.5, "epsilon": 0.2}
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "weldment", "merge", "r.yml", "out", "--threads", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     journal = tmp_path / "out.partial" / "journal"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
