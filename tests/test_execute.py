@@ -53,10 +53,12 @@ def test_largest_finite_values_pass(tmp_path: Path) -> None:
 
 
 def test_guilty_input_is_named(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     good = write(tmp_path / "good", {"x": torch.ones(3), "y": torch.ones(3)})
     bad = write(tmp_path / "bad", {"x": torch.tensor([1.0, float("nan"), 1.0]), "y": torch.ones(3)})
     with pytest.raises(NonFiniteError, match=r"1 tensor of the result \(elements\): x \(1\).*in the weights of .*bad;"):
         weldment.merge(linear(good, bad), tmp_path / "out")
+    assert torch.get_num_threads() == threads
     weldment.merge(linear(good, bad), tmp_path / "out", allow_nonfinite=True)
     assert torch.isnan(load_file(tmp_path / "out" / "model.safetensors")["x"][1])
 

@@ -121,12 +121,12 @@ def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: 
     more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
     tensors = f"{count} tensor{'s' if count > 1 else ''}"
     cause = f"NaN or infinity in {tensors} of the result (elements): {', '.join(shown)}{more}"
-    guilty = dict.fromkeys(
-        model for label in sorted(nonfinite)[:_SHOWN] for model in _not_finite(jobs[label], inputs, run.machine)
-    )
     if run.allow_nonfinite:
         run.progress.message(cause)
         return
+    guilty = dict.fromkeys(
+        model for label in sorted(nonfinite)[:_SHOWN] for model in _not_finite(jobs[label], inputs, run.machine)
+    )
     if guilty:
         fix = f"They are in the weights of {', '.join(guilty)}; leave that model out"
     else:

@@ -66,12 +66,18 @@ def run_works(
         Interrupted: the user pressed Ctrl-C.
     """
     before = torch.get_num_threads()
-    runner: Scheduler[Workspace] = Scheduler(machine.threads, machine.workspace)
+    runner: Scheduler[Workspace] = Scheduler(machine.threads, partial(_begin_thread, machine))
     try:
         shared = _model_statistics(works, runner)
         runner.run(_stages(works, shared, finished, report, pending))
     finally:
         torch.set_num_threads(before)
+
+
+def _begin_thread(machine: Machine) -> Workspace:
+    """A worker's buffers; the workers are the parallelism, so torch gets one thread in each."""
+    torch.set_num_threads(1)
+    return machine.workspace()
 
 
 def _stages(

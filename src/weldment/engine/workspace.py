@@ -17,7 +17,6 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        torch.set_num_threads(1)
         self.device = device
         self.dtype = dtype
         self._buffers: dict[Any, Tensor] = {}
