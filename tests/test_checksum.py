@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weldment.checkpoint.dtypes import SAFETENSORS
+from weldment.checkpoint.dtypes import safetensors_dtype
 from weldment.engine.checksum import Checksum
 from weldment.methods.block import CHUNK
 
 
 def digest(tensor: Tensor, cuts: list[int]) -> str:
-    checksum = Checksum(tensor.numel(), SAFETENSORS[tensor.dtype])
+    checksum = Checksum(tensor.numel(), safetensors_dtype(tensor.dtype))
     places = [0, *sorted(cuts), tensor.numel()]
     parts = [(start, stop) for start, stop in itertools.pairwise(places) if stop > start]
     for start, stop in reversed(parts):

@@ -12,7 +12,7 @@ from torch import Tensor
 from reference import REFERENCE, della_probabilities
 from weldment import METHODS, merge_tensors
 from weldment.methods.arguments import settle
-from weldment.methods.masks import keep_mask, quantised, tensor_key
+from weldment.methods.masks import keep_mask, levels_of, quantised, tensor_key
 
 TYPICAL: dict[str, dict[str, Any]] = {
     "linear": {"weight": [0.5, 0.25, 0.375]},
@@ -87,12 +87,12 @@ def masks(name: str, arguments: dict[str, Any], models: list[Tensor], base: Tens
     found = []
     for number, model in enumerate(models):
         key, density = tensor_key(0, str(number), "tensor"), arguments["density"][number]
-        probability: Any = quantised(density)
+        keep: Any = levels_of(density)
         if "epsilon" in arguments:
             tau = (model.double() - base.double()).numpy()
             probability = della_probabilities(tau, density, arguments["epsilon"][number])
-            probability = torch.from_numpy(np.asarray(probability)).reshape(-1).float()
-        found.append(keep_mask(key, 0, probability, torch.empty(model.numel())).reshape(model.shape).numpy())
+            keep = torch.from_numpy(np.asarray(probability)).reshape(-1).mul(65536).float()
+        found.append(keep_mask(key, 0, keep, torch.empty(model.numel())).reshape(model.shape).numpy())
     return {"keep": found}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from weldment.checkpoint.dtypes import ITEM_BYTES, TORCH
+from weldment.checkpoint.dtypes import ITEM_BYTES, TORCH, torch_dtype
 from weldment.checkpoint.headers import HEADER_LIMIT, header_length, parse_header, read_header
 from weldment.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def write(path: Path, content: Any, data: bytes = b"\0" * 24) -> Path:
 def test_reads_what_the_reference_implementation_writes(
     specs: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> None:
-    tensors = {name: torch.ones(shape, dtype=TORCH[dtype]) for name, (dtype, shape) in specs.items()}
+    tensors = {name: torch.ones(shape, dtype=torch_dtype(dtype)) for name, (dtype, shape) in specs.items()}
     file = save(tensors, metadata)
     length = header_length(file, len(file), "f")
     header = parse_header(file[8 : 8 + length], len(file) - 8 - length, "f")

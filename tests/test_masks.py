@@ -10,13 +10,13 @@ from torch import Tensor
 
 from weldment import merge_tensors
 from weldment.methods.block import CHUNK
-from weldment.methods.masks import keep_mask, quantised, random_levels, tensor_key
+from weldment.methods.masks import keep_mask, levels_of, quantised, random_levels, tensor_key
 
 N = 1 << 22
 
 
 def mask(seed: int, model: str, tensor: str, probability: float, start: int = 0, count: int = N) -> Tensor:
-    return keep_mask(tensor_key(seed, model, tensor), start, quantised(probability), torch.empty(count))
+    return keep_mask(tensor_key(seed, model, tensor), start, levels_of(probability), torch.empty(count))
 
 
 def deviations(rate: float, probability: float, count: int) -> float:
@@ -75,8 +75,8 @@ def test_any_cut_gives_the_same_mask(start: int, count: int) -> None:
 
 def test_tensor_of_probabilities() -> None:
     """Each element has its own probability."""
-    probability = torch.arange(N).remainder(8).add(1).div(8)
-    kept = keep_mask(tensor_key(0, "m", "t"), 0, probability, torch.empty(N))
+    keep = torch.arange(N).remainder(8).add(1).mul(8192).float()
+    kept = keep_mask(tensor_key(0, "m", "t"), 0, keep, torch.empty(N))
     for step in range(8):
         p, part = (step + 1) / 8, kept[step::8]
         assert float(part.mean()) == 1.0 if p == 1.0 else deviations(float(part.mean()), p, part.numel()) < 4.5

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weldment.checkpoint.dtypes import TORCH
+from weldment.checkpoint.dtypes import TORCH, torch_dtype
 from weldment.checkpoint.pickles import PickleEntry, read_pickle
 from weldment.errors import CheckpointError
 
@@ -29,7 +29,7 @@ def saved(path: Path, content: Any) -> Path:
 
 def loaded(path: Path, entry: PickleEntry) -> torch.Tensor:
     """The tensor, read from where the entry says it lies."""
-    dtype = TORCH[entry.dtype]
+    dtype = torch_dtype(entry.dtype)
     count = torch.Size(entry.shape).numel()
     raw = bytearray(path.read_bytes()[entry.offset : entry.offset + count * dtype.itemsize])
     return (torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)).view(entry.shape)
@@ -44,7 +44,7 @@ def assert_found(path: Path, expected: dict[str, torch.Tensor]) -> None:
         assert loaded(path, entry).dtype == expected[name].dtype
 
 
-@pytest.mark.parametrize("dtype", TORCH.values(), ids=str)
+@pytest.mark.parametrize("dtype", [torch_dtype(name) for name in TORCH], ids=str)
 def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "b": torch.tensor(1).to(dtype)}
     assert_found(saved(tmp_path / "m.pt", tensors), tensors)

@@ -12,10 +12,8 @@ import pytest
 
 from folders import mounted, tree
 from weldment.checkpoint import staging as module
-from weldment.checkpoint.layout import lay_out
 from weldment.checkpoint.staging import (
     MANIFEST,
-    OutputFiles,
     Staging,
     check_output,
     exchange,
@@ -323,25 +321,3 @@ def test_what_an_earlier_run_left_is_looked_at_later(out: Path) -> None:
     check_output(out, overwrite=False)
     with Staging(out) as staging, pytest.raises(OutputError, match="not empty"):
         staging.check(overwrite=False)
-
-
-def test_output_files_have_their_full_size_at_once(tmp_path: Path) -> None:
-    layout = lay_out([("a", "F32", (2, 3)), ("b", "BF16", (4,))])
-    (tmp_path / "model.safetensors").write_bytes(b"left by an earlier run" * 100)
-    files = OutputFiles(tmp_path, layout)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    assert content.startswith(layout.files[0].header)
-    assert len(content) == layout.files[0].size
-    slot = layout.slots[1]
-    files.write(slot.file, slot.offset, memoryview(b"12345678"))
-    assert (tmp_path / "model.safetensors").read_bytes()[slot.offset :] == b"12345678"
-    files.close()
-
-
-def test_a_disk_that_fills_up_is_explained(disk: Path) -> None:
-    layout = lay_out([("a", "F32", (1 << 20,))])
-    files = OutputFiles(disk, layout)
-    with pytest.raises(MergeError, match="the disk is full") as caught:
-        files.write("model.safetensors", 0, memoryview(bytes(4 << 20)))
-    files.close()
-    assert caught.value.where == str(disk / "model.safetensors")

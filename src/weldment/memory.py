@@ -9,11 +9,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from weldment.checkpoint.dtypes import FLOATS, SAFETENSORS
+from weldment.checkpoint.dtypes import FLOATS, safetensors_dtype, torch_dtype
 from weldment.engine.blocks import BLOCK
+from weldment.engine.outputs import MemoryOutput
 from weldment.engine.run import Machine, default_threads, run_works
 from weldment.engine.sources import MemorySource
-from weldment.engine.work import Work, Write
+from weldment.engine.work import Work
 from weldment.errors import UserError
 from weldment.methods import METHODS, Method
 from weldment.methods.arguments import settle
@@ -21,6 +22,7 @@ from weldment.methods.block import CHUNK
 from weldment.methods.masks import tensor_key
 
 StateDict = Mapping[str, Tensor]
+_FLOATS = tuple(map(torch_dtype, FLOATS))
 
 
 @overload
@@ -120,8 +122,8 @@ def _work(name: str, row: Method, group: Sequence[Tensor], base: Tensor | None, 
         parameters={},
         sources=[_source(tensor) for tensor in group],
         base=None if base is None else _source(base),
-        dtype=SAFETENSORS[out.dtype],
-        write=_writer(out),
+        dtype=safetensors_dtype(out.dtype),
+        output=MemoryOutput(out),
     )
 
 
@@ -132,8 +134,8 @@ def _machine(threads: int | None, accumulate: str, block: int, dtype: torch.dtyp
         raise UserError(f"threads must be at least 1, not {threads}")
     if block < CHUNK or block % CHUNK:
         raise UserError(f"block must be a multiple of {CHUNK}, not {block}")
-    if dtype is not None and dtype not in FLOATS.values():
-        raise UserError(f"dtype must be one of {', '.join(map(str, FLOATS.values()))}, not {dtype!r}")
+    if dtype is not None and dtype not in _FLOATS:
+        raise UserError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, not {dtype!r}")
     return Machine("cpu", threads or default_threads(), accumulate)
 
 
@@ -173,7 +175,7 @@ def _check(row: Method, models: Sequence[StateDict], base: StateDict | None) -> 
             if tensor.is_floating_point() != first[name].is_floating_point():
                 raise UserError("floating point in some models and integer in others", where=name)
     for name, tensor in first.items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS.values():
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
             raise UserError(f"tensors of {tensor.dtype} cannot be merged", where=name, fix="Convert them first")
 
 
@@ -185,12 +187,3 @@ def _agreed(name: str, group: Sequence[Tensor]) -> Tensor:
     if any(not torch.equal(group[0], other) for other in group[1:]):
         raise UserError("a tensor that is not floating point differs between the models", where=name)
     return group[0].clone()
-
-
-def _writer(out: Tensor) -> Write:
-    flat = out.view(-1)
-
-    def write(start: int, block: Tensor) -> None:
-        flat[start : start + block.numel()] = block
-
-    return write

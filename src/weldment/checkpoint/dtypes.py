@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import torch
 
-FLOATS: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-OTHERS: dict[str, torch.dtype] = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-TORCH: dict[str, torch.dtype] = {**FLOATS, **OTHERS}
-SAFETENSORS: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}
+# Torch's names, not its dtypes: a plan is made without torch, which takes longer to load than the plan takes.
+FLOATS: dict[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH: dict[str, str] = {
+    **FLOATS,
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_SAFETENSORS: dict[str, str] = {name: dtype for dtype, name in TORCH.items()}
 
 ITEM_BYTES: dict[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -35,9 +26,17 @@ RECIPE: dict[str, str] = {
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
 
-CONFIG: dict[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
 
 def is_float(dtype: str) -> bool:
     """Whether tensors of this safetensors dtype can be merged."""
     return dtype in FLOATS
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype, one of `TORCH`."""
+    return getattr(torch, TORCH[dtype])
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """The safetensors dtype of a torch dtype, one of those that `TORCH` names."""
+    return _SAFETENSORS[str(dtype).removeprefix("torch.")]

@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from weldment.checkpoint.layout import Layout
 from weldment.errors import MergeError, NonFiniteError, OutputError, UserError
 
 MANIFEST = "weldment.json"
@@ -292,44 +291,6 @@ def free_bytes(path: Path) -> int:
     """Free space on the disk that will hold `path`."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(existing).free
-
-
-class OutputFiles:
-    """Weight files created at their full size with their headers, open for writing at any place."""
-
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self._folder = folder
-        self._descriptors: dict[str, int] = {}
-        try:
-            for file in layout.files:
-                path = folder / file.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                self._descriptors[file.name] = descriptor
-                os.ftruncate(descriptor, file.size)
-                self.write(file.name, 0, memoryview(file.header))
-        except OSError as error:
-            self.close()
-            raise full_disk(error, folder) from error
-
-    def descriptor(self, name: str) -> int:
-        """The open file."""
-        return self._descriptors[name]
-
-    def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset`."""
-        try:
-            while data:
-                written = os.pwrite(self._descriptors[name], data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise full_disk(error, self._folder / name) from error
-
-    def close(self) -> None:
-        """Close all files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
 
 
 def sync(path: Path) -> None:

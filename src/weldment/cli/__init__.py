@@ -10,6 +10,7 @@ import typer
 
 from weldment.cli import merge, methods, plan, verify
 from weldment.cli.console import complain, complain_of_output, interruptible
+from weldment.cli.startup import postpone
 from weldment.errors import WeldmentError
 from weldment.version import __version__
 
@@ -49,16 +50,24 @@ def _root(
     """Options that stand before the subcommand."""
 
 
+def _merges_on_the_cpu(given: Sequence[str]) -> bool:
+    command = next((argument for argument in given if not argument.startswith("-")), "")
+    return command == "merge" and not any(argument.startswith("--device") for argument in given)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line.
 
     Args:
-        arguments: those of the process by default.
+        arguments: those of the process by default. If they are given, the process is the caller's, and
+            its imports stay as they are (see `startup`).
 
     Raises:
         SystemExit: with code 0 (done), 1 (failed), 2 (the user's mistake) or 130 (interrupted).
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        postpone(parts=_merges_on_the_cpu(given))
     try:
         # The root command only documents --debug, so that it may stand after the subcommand too.
         app(args=[argument for argument in given if argument != "--debug"], prog_name="weld")

@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from weldment.checkpoint.dtypes import TORCH
 from weldment.engine.blocks import Grid
 from weldment.engine.checksum import Checksum, Outcome
+from weldment.engine.outputs import Output
 from weldment.engine.scheduler import Stages
 from weldment.engine.sources import Source
-from weldment.engine.work import Write, count_nonfinite
+from weldment.engine.work import Part, emit, outcome
 from weldment.engine.workspace import Workspace
 from weldment.errors import PlanError
 
@@ -27,7 +27,7 @@ class Copy:
     shape: tuple[int, ...]
     sources: Sequence[Source]
     dtype: str
-    write: Write
+    output: Output
 
     @property
     def numel(self) -> int:
@@ -38,28 +38,25 @@ def copy_stages(copy: Copy, finished: Callable[[Outcome], None], report: Callabl
     """One pass over the tensor; `finished` gets the outcome."""
     checksum = Checksum(copy.numel, copy.dtype)
     spans = Grid(copy.shape, "element").spans()
-    nonfinite = yield [partial(_copy_span, copy, span, checksum, report) for span in spans]
-    finished(Outcome(checksum, sum(nonfinite)))
+    parts = yield [partial(_copy_span, copy, span, checksum, report) for span in spans]
+    finished(outcome(checksum, parts))
 
 
 def _copy_span(
     copy: Copy, span: tuple[int, int], checksum: Checksum, report: Callable[[int], None], workspace: Workspace
-) -> int:
+) -> Part:
     nonfinite = 0
+    output = copy.output.span(span[0], workspace)
     for cut in Grid(copy.shape, "element").blocks(span):
-        out = workspace.staging("out", cut.numel * TORCH[copy.dtype].itemsize).view(TORCH[copy.dtype])
-        out.copy_(copy.sources[0].raw(cut.start, cut.numel, workspace))
+        first = copy.sources[0].raw(cut.start, cut.view, workspace, "first")
         for other in copy.sources[1:]:
-            values = other.raw(cut.start, cut.numel, workspace)
-            if not torch.equal(out.view(torch.uint8), values.contiguous().view(torch.uint8)):
+            values = other.raw(cut.start, cut.view, workspace)
+            if not torch.equal(first.contiguous().view(torch.uint8), values.contiguous().view(torch.uint8)):
                 raise PlanError(
                     "the models hold different values of a tensor that cannot be merged",
                     where=copy.name,
                     fix=f'Take it from one model: `take: {{"{copy.name}": MODEL}}`, or leave it out with `drop`',
                 )
-        if out.dtype.is_floating_point:
-            nonfinite += count_nonfinite(out.float(), out)
-        checksum.add(cut.start, out)
-        copy.write(cut.start, out)
+        nonfinite += emit(first, cut.start, output, checksum)
         report(cut.numel)
-    return nonfinite
+    return nonfinite, output.close()

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from weldment.checkpoint.dtypes import ITEM_BYTES, is_float
 from weldment.checkpoint.journal import Journal
 from weldment.checkpoint.layout import Slot
 from weldment.checkpoint.model import TensorEntry, WeightFile
-from weldment.checkpoint.staging import OutputFiles
+from weldment.checkpoint.output_files import OutputFiles
 from weldment.engine.blocks import BLOCK
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.copying import Copy
+from weldment.engine.outputs import FileOutput
 from weldment.engine.progress import Progress
 from weldment.engine.run import Machine, run_works
 from weldment.engine.sources import FileSource
-from weldment.engine.work import Work, Write
+from weldment.engine.work import Work
 from weldment.errors import CheckpointError, NonFiniteError
 from weldment.methods import METHODS
 from weldment.planning.plan import Plan, TensorJob
 
 _CHECK_STEP = 1 << 22
+_WRITERS = 2
+"""Threads that wait for the disk; they take little processor time."""
 _SHOWN = 5
 
 
@@ -87,7 +90,9 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
         files = OutputFiles(run.folder, plan.layout)
         stack.callback(files.close)
         inputs = _Inputs(stack, run.find)
-        works = [_work(job, slots[job.file, job.name], inputs, files, run.block) for job in plan.jobs]
+        writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="weld-write"))
+        outputs = [FileOutput(files, slots[job.file, job.name], writers) for job in plan.jobs]
+        works = [_work(job, inputs, output, run.block) for job, output in zip(plan.jobs, outputs, strict=True)]
         names = {id(work): _label(job) for work, job in zip(works, plan.jobs, strict=True)}
         checksums = _still_true(plan, run, files)
         share = {id(work): _bytes_per_element(job) for work, job in zip(works, plan.jobs, strict=True)}
@@ -141,7 +146,7 @@ def _not_finite(job: TensorJob, inputs: _Inputs, machine: Machine) -> list[str]:
     for model, entry in job.inputs:
         source = inputs.source(entry)
         for start in range(0, entry.numel, BLOCK):
-            values = source.raw(start, min(BLOCK, entry.numel - start), workspace)
+            values = source.raw(start, (min(BLOCK, entry.numel - start),), workspace)
             if values.is_floating_point() and not torch.isfinite(values).all():
                 found.append(model)
                 break
@@ -161,12 +166,11 @@ def _bytes_per_element(job: TensorJob) -> float:
     return float(sum(ITEM_BYTES[entry.dtype] for entry in entries))
 
 
-def _work(job: TensorJob, slot: Slot, inputs: _Inputs, files: OutputFiles, block: int) -> Work | Copy:
+def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int) -> Work | Copy:
     sources = [inputs.source(entry) for entry in job.sources]
-    write = _writer(files, slot)
     same = all(entry.dtype == job.dtype for entry in job.sources)
     if job.action != "merge" and (same or not is_float(job.dtype)):
-        return Copy(job.name, job.shape, sources, job.dtype, write)
+        return Copy(job.name, job.shape, sources, job.dtype, output)
     copied = job.action != "merge"
     return Work(
         name=job.name,
@@ -176,19 +180,10 @@ def _work(job: TensorJob, slot: Slot, inputs: _Inputs, files: OutputFiles, block
         sources=sources,
         base=inputs.source(job.base) if job.base else None,
         dtype=job.dtype,
-        write=write,
+        output=output,
         keys=job.keys,
         block=block,
     )
-
-
-def _writer(files: OutputFiles, slot: Slot) -> Write:
-    size = ITEM_BYTES[slot.dtype]
-
-    def write(start: int, block: Tensor) -> None:
-        files.write(slot.file, slot.offset + start * size, block.view(torch.uint8).numpy().data)
-
-    return write
 
 
 def _still_true(plan: Plan, run: Execution, files: OutputFiles) -> dict[str, str]:

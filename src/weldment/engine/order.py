@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from weldment.engine.blocks import Grid, Range
 from weldment.engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALL = 1 << 18
 """Up to so many elements a series is sorted as a whole."""
@@ -27,7 +29,7 @@ _PIECE = 4096
 _MARGIN = 5.0
 
 W = TypeVar("W")
-Values = Callable[[W, Range, Workspace], list[Tensor]]
+Values = Callable[[W, Range, Workspace], "list[Tensor]"]
 Stage = Generator[list[Callable[[Workspace], Any]], list[Any], Any]
 
 
@@ -132,7 +134,7 @@ def _uncertainty(pieces: list[np.ndarray], pooled: np.ndarray, share: float) -> 
     return _MARGIN * max(between, within) + 2.0 / pooled.size
 
 
-Inside = tuple[np.ndarray, "np.ndarray | None"]
+Inside = tuple["np.ndarray", "np.ndarray | None"]
 
 
 def _count_span(
@@ -161,14 +163,16 @@ def _split(numbers: Tensor, low: float, high: float, workspace: Workspace) -> tu
         count = int((numbers < low).sum()) if low > 0.0 else 0
         return count, torch.masked_select(numbers, (numbers >= low) & (numbers <= high)).cpu().numpy()
     array = numbers.numpy()
-    flags = workspace.staging("flags", array.size).numpy().view(np.bool_)
-    count = int(np.count_nonzero(np.less(array, array.dtype.type(low), out=flags))) if low > 0.0 else 0
-    # Non-negative floats are ordered as their bits are, and one unsigned comparison tests both ends.
-    word = np.dtype(f"u{array.itemsize}")
-    first, last = np.array([low, high], dtype=array.dtype).view(word)
-    shifted = workspace.staging("shifted", array.nbytes).numpy().view(word)
-    np.less_equal(np.subtract(array.view(word), first, out=shifted), last - first, out=flags)
-    return count, array[flags]
+    number = array.dtype.type
+    below, inside = (workspace.staging(name, array.size).numpy().view(np.bool_) for name in ("below", "inside"))
+    np.less(array, number(low), out=below)
+    np.not_equal(np.less_equal(array, number(high), out=inside), below, out=inside)
+    if array.size % 8:
+        kept = array[inside]
+    else:  # few are inside: find the eights that have some first
+        eights = np.flatnonzero(inside.view(np.uint64) != 0)
+        kept = array.reshape(-1, 8)[eights][inside.reshape(-1, 8)[eights]]
+    return int(np.count_nonzero(below)), kept
 
 
 def _compact(numbers: np.ndarray, span: tuple[int, int]) -> Inside:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from weldment.checkpoint.dtypes import ITEM_BYTES, TORCH
+from weldment.checkpoint.dtypes import ITEM_BYTES, torch_dtype
 from weldment.engine.workspace import Workspace
 from weldment.errors import CheckpointError, MergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Source(Protocol):
     """The elements of one tensor of one model, flattened."""
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
-        """Fill `out` (1-D, accumulation dtype) with the elements from `start` on."""
+        """Fill `out` (contiguous, accumulation dtype) with the elements from `start` on."""
         ...
 
-    def raw(self, start: int, count: int, workspace: Workspace) -> Tensor:
-        """`count` elements from `start` on in their own dtype, in main memory."""
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
+        """The elements from `start` on in their own dtype, in main memory.
+
+        Args:
+            name: of the workspace's buffer they may be put in.
+        """
         ...
 
 
@@ -36,15 +42,14 @@ class FileSource:
     dtype: str
     offset: int
 
-    def raw(self, start: int, count: int, workspace: Workspace) -> Tensor:
-        """Read the elements into a staging buffer."""
-        size = ITEM_BYTES[self.dtype]
-        buffer = workspace.staging("read", count * size)
-        view = buffer.numpy().data
-        position, end = 0, count * size
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
+        """Read the elements into a buffer."""
+        data, numbers = workspace.landing(name, shape, torch_dtype(self.dtype))
+        position, end = 0, len(data)
+        place = self.offset + start * ITEM_BYTES[self.dtype]
         while position < end:
             try:
-                got = os.preadv(self.descriptor, [view[position:]], self.offset + start * size + position)
+                got = os.preadv(self.descriptor, [data[position:]], place + position)
             except OSError as error:
                 raise MergeError(f"reading failed: {error.strerror}", where=str(self.path)) from error
             if got == 0:
@@ -54,11 +59,11 @@ class FileSource:
                     fix="Check the file and run the merge again",
                 )
             position += got
-        return buffer.view(TORCH[self.dtype])
+        return numbers
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Read and convert."""
-        out.copy_(self.raw(start, out.numel(), workspace).to(out.device))
+        out.copy_(self.raw(start, tuple(out.shape), workspace))
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,10 @@ class MemorySource:
 
     values: Tensor
 
-    def raw(self, start: int, count: int, workspace: Workspace) -> Tensor:
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
         """A view of the elements."""
-        return self.values[start : start + count].cpu()
+        return self.values[start : start + math.prod(shape)].view(shape).cpu()
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Copy and convert."""
-        out.copy_(self.values[start : start + out.numel()])
+        out.copy_(self.values[start : start + out.numel()].view(out.shape))

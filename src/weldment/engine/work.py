@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from weldment.checkpoint.dtypes import TORCH
 from weldment.engine.blocks import BLOCK, Grid, Range, chunks
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.order import select
+from weldment.engine.outputs import Output, Span, Writes
 from weldment.engine.scheduler import Stages
 from weldment.engine.sources import Source
 from weldment.engine.workspace import Workspace
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total
 from weldment.methods.method import Method
 
-Write = Callable[[int, Tensor], None]
-"""Takes the index of the first element and a contiguous block in the output's dtype."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = tuple[int, Writes]
+"""Of a span: its elements that are not finite, and the writes that are under way."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Work:
     sources: Sequence[Source]
     base: Source | None
     dtype: str
-    write: Write
+    output: Output
     keys: Sequence[int] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
     block: int = BLOCK
@@ -64,9 +67,9 @@ class Work:
         return Block(models, base, self.shape, cut.start, statistics=statistics, keys=self.keys, pool=workspace.scratch)
 
     def _read(self, source: Source, name: Any, cut: Range, workspace: Workspace) -> Tensor:
-        out = workspace.numbers(name, cut.numel)
+        out = workspace.numbers(name, cut.view)
         source.read(cut.start, out, workspace)
-        return out.view(cut.view)
+        return out
 
 
 def tensor_stages(work: Work, finished: Callable[[Outcome], None], report: Callable[[int], None]) -> Stages[Workspace]:
@@ -79,8 +82,16 @@ def tensor_stages(work: Work, finished: Callable[[Outcome], None], report: Calla
         if statistic.name not in statistics:
             statistics[statistic.name] = yield from statistic_stages([work], statistic, statistics)
     checksum = Checksum(work.numel, work.dtype)
-    nonfinite = yield [partial(_merge_span, work, span, statistics, checksum, report) for span in work.grid.spans()]
-    finished(Outcome(checksum, sum(nonfinite)))
+    parts = yield [partial(_merge_span, work, span, statistics, checksum, report) for span in work.grid.spans()]
+    finished(outcome(checksum, parts))
+
+
+def outcome(checksum: Checksum, parts: Sequence[Part]) -> Outcome:
+    """The outcome of a tensor when all its spans are in the file."""
+    for _, writes in parts:
+        for write in writes:
+            write.result()
+    return Outcome(checksum, sum(nonfinite for nonfinite, _ in parts))
 
 
 def statistic_stages(works: Sequence[Work], statistic: Statistic, known: Mapping[str, Any]) -> Stages[Workspace]:
@@ -147,28 +158,52 @@ def _merge_span(
     checksum: Checksum,
     report: Callable[[int], None],
     workspace: Workspace,
-) -> int:
-    """Merge and write a span; the number of elements that are not finite."""
+) -> Part:
+    """Merge a span and send it to the output."""
     nonfinite = 0
+    output = work.output.span(span[0], workspace)
     for cut in work.grid.blocks(span):
         merged = work.method.kernel(work.load(cut, statistics, workspace), **work.parameters).reshape(-1)
-        out = workspace.staging("out", cut.numel * TORCH[work.dtype].itemsize).view(TORCH[work.dtype])
-        out.copy_(merged)
-        nonfinite += count_nonfinite(merged, out)
-        checksum.add(cut.start, out)
-        work.write(cut.start, out)
+        for start in range(0, cut.numel, BLOCK):
+            nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum)
         report(cut.numel)
+    return nonfinite, output.close()
+
+
+def emit(merged: Tensor, start: int, output: Span, checksum: Checksum) -> int:
+    """Round elements and send them to the output; the number of them that are not finite.
+
+    Args:
+        start: index of the first element in the flattened tensor.
+    """
+    room = output.room(merged.numel())
+    room.copy_(merged)
+    nonfinite = count_nonfinite(room)
+    checksum.add(start, room)
+    output.send()
     return nonfinite
 
 
-def count_nonfinite(merged: Tensor, out: Tensor) -> int:
-    """How many elements of `out`, the rounded `merged`, are NaN or infinite.
+def count_nonfinite(numbers: Tensor) -> int:
+    """How many of the numbers (contiguous, in main memory) are NaN or infinite.
 
-    The extremes prove in one pass that all elements are finite and that rounding overflowed none.
+    Read as integers, they are larger than infinity or equal to it: without their sign bit, and with it.
     """
-    if merged.numel() == 0:
+    if numbers.numel() == 0 or not numbers.is_floating_point():
         return 0
-    low, high = torch.aminmax(merged)  # NaN makes both NaN
-    if -torch.finfo(out.dtype).max <= float(low) and float(high) <= torch.finfo(out.dtype).max:
+    words = _words(numbers)
+    positive = _infinity(numbers.dtype)
+    negative = positive | 1 << 8 * words.itemsize - 1
+    if words.max() < positive and words.view(f"u{words.itemsize}").max() < negative:
         return 0
-    return int((~torch.isfinite(out)).sum())
+    return int((~torch.isfinite(numbers)).sum())
+
+
+def _words(numbers: Tensor) -> np.ndarray:
+    """The bits of floats as signed integers."""
+    return numbers.view(getattr(torch, f"int{8 * numbers.dtype.itemsize}")).numpy()
+
+
+@lru_cache
+def _infinity(dtype: torch.dtype) -> int:
+    return int(_words(torch.tensor([math.inf], dtype=dtype))[0])

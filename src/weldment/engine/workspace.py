@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+
+from weldment.checkpoint.output_files import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_VIEWS = 256
+"""Views that a workspace remembers; tensors of many shapes make new ones all the time."""
+
+
+class Landing(NamedTuple):
+    """A buffer that a file is read into: as bytes, and as numbers."""
+
+    data: memoryview
+    numbers: Tensor
 
 
 class Workspace:
@@ -19,19 +37,41 @@ class Workspace:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
+        self.outbox = Outbox()
         self._buffers: dict[Any, Tensor] = {}
+        self._views: dict[Any, Any] = {}  # making one takes as long as adding thousands of numbers
 
-    def numbers(self, name: Any, count: int) -> Tensor:
-        """`count` numbers of the accumulation dtype, on the device."""
-        return self._buffer(name, count, self.dtype, self.device)
+    def numbers(self, name: Any, shape: tuple[int, ...]) -> Tensor:
+        """Numbers of the accumulation dtype, on the device."""
+        key = (name, shape)
+        found = self._views.get(key)
+        if found is None:
+            found = self._buffer(name, math.prod(shape), self.dtype, self.device).view(shape)
+            self._views[key] = found
+        return found
+
+    def landing(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Landing:
+        """Numbers of any dtype in main memory, with their bytes, to read a file into."""
+        key = (name, shape, dtype)
+        found = self._views.get(key)
+        if found is None:
+            buffer = self.staging(name, math.prod(shape) * dtype.itemsize)
+            found = Landing(buffer.numpy().data, buffer.view(dtype).view(shape))
+            self._views[key] = found
+        return found
 
     def staging(self, name: Any, nbytes: int) -> Tensor:
         """`nbytes` bytes in main memory, pinned where that speeds copies to the device."""
         return self._buffer((name, "bytes"), nbytes, torch.uint8, torch.device("cpu"))
 
-    def scratch(self, index: int, like: Tensor) -> Tensor:
-        """The index-th scratch tensor, shaped like `like`."""
-        return self.numbers(("scratch", index), like.numel()).view(like.shape)
+    def scratch(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The index-th scratch tensor of a block, on the device."""
+        key = ("scratch", index, shape, dtype)
+        found = self._views.get(key)
+        if found is None:
+            found = self._buffer(("scratch", index, dtype), math.prod(shape), dtype, self.device).view(shape)
+            self._views[key] = found
+        return found
 
     def _buffer(self, name: Any, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = self._buffers.get(name)
@@ -39,4 +79,34 @@ class Workspace:
             pin = device.type == "cpu" and self.device.type == "cuda"
             buffer = torch.empty(count, dtype=dtype, device=device, pin_memory=pin)
             self._buffers[name] = buffer
+            self._views.clear()  # they would keep the old buffer alive
+        elif len(self._views) >= _VIEWS:
+            self._views.clear()
         return buffer[:count]
+
+
+class Outbox:
+    """Page-aligned buffers that are filled in turn while the ones before them are written."""
+
+    COUNT = 3
+
+    def __init__(self) -> None:
+        self._buffers = [np.empty(0, dtype=np.uint8)] * self.COUNT
+        self._writes: list[Future[None] | None] = [None] * self.COUNT
+        self._current = 0
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """The next buffer, at least `nbytes` long, when what was in it is written."""
+        self._current = (self._current + 1) % self.COUNT
+        write, self._writes[self._current] = self._writes[self._current], None
+        if write is not None:
+            write.result()
+        if self._buffers[self._current].size < nbytes:
+            raw = np.empty(nbytes + PAGE, dtype=np.uint8)
+            skew = -raw.ctypes.data % PAGE
+            self._buffers[self._current] = raw[skew : skew + nbytes]
+        return self._buffers[self._current]
+
+    def sent(self, write: Future[None]) -> None:
+        """The last buffer taken is being written."""
+        self._writes[self._current] = write

@@ -7,12 +7,15 @@ blocks of any size give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from weldment.methods.block import Block
 from weldment.methods.method import Method, Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sum_into(out: Tensor, tensors: Sequence[Tensor]) -> Tensor:

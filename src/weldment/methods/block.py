@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Unit = Literal["element", "row", "matrix"]
 Scope = Literal["tensor", "model"]
@@ -43,14 +45,17 @@ class Block:
     start: int = 0
     statistics: Mapping[str, Any] = field(default_factory=dict)
     keys: Sequence[int] = ()
-    pool: Callable[[int, Tensor], Tensor] | None = None
+    pool: Callable[[int, tuple[int, ...], torch.dtype], Tensor] | None = None
     _taken: int = 0
 
-    def scratch(self) -> Tensor:
-        """An uninitialised tensor like the models' blocks, reused from block to block."""
+    def scratch(self, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor like the models' blocks, reused from block to block; of their dtype by default."""
         like = self.models[0]
+        dtype = dtype or like.dtype
         self._taken += 1
-        return torch.empty_like(like) if self.pool is None else self.pool(self._taken - 1, like)
+        if self.pool is None:
+            return torch.empty_like(like, dtype=dtype)
+        return self.pool(self._taken - 1, tuple(like.shape), dtype)
 
     def task_vectors(self) -> list[Tensor]:
         """tau_i = theta_i - theta_0, in place of the models' elements."""

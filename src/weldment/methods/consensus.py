@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from weldment.methods.average import sum_into, weighted_sum
 from weldment.methods.block import Block
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def elected_signs(block: Block, votes: Sequence[Tensor], elect: str, zero_sign: float = 1.0) -> Tensor:
-    """The sign, +1 or -1, of the sum of the votes (`mass`) or of the sum of their signs (`count`).
 
-    A sum of exactly zero elects `zero_sign`.
-    """
+def vote(block: Block, votes: Sequence[Tensor], elect: str) -> Tensor:
+    """The sum of the votes (`mass`) or of their signs (`count`), whose sign is elected."""
     total = block.scratch()
     if elect == "mass":
-        sum_into(total, votes)
-    else:
-        sign = block.scratch()
-        torch.sign(votes[0], out=total)
-        for vote in votes[1:]:
-            total.add_(torch.sign(vote, out=sign))
-    if zero_sign == 1.0:
-        # A sum that is exactly zero is +0 (a -0 comes of votes that are all zero, which no sign changes).
-        return torch.copysign(block.scratch().fill_(1.0), total, out=total)
-    return torch.sign(total.sign_().mul_(2.0).add_(zero_sign), out=total)
+        return sum_into(total, votes)
+    sign = block.scratch()
+    torch.sign(votes[0], out=total)
+    for part in votes[1:]:
+        total.add_(torch.sign(part, out=sign))
+    return total
+
+
+def elected_signs(total: Tensor, zero_sign: float = 1.0) -> Tensor:
+    """The sign bits of a vote, in place of it; `flip_` applies them. Exactly zero elects `zero_sign`, +1 or -1."""
+    if zero_sign < 0.0:
+        total.sign_().mul_(2.0).sub_(1.0)
+    # A sum that is exactly zero is +0 (a -0 comes of votes that are all zero, which no sign changes).
+    words = _words(total)
+    return words.bitwise_and_(torch.iinfo(words.dtype).min)
+
+
+def flip_(x: Tensor, signs: Tensor) -> Tensor:
+    """x where the elected sign is +, -x where it is -, in place."""
+    _words(x).bitwise_xor_(signs)
+    return x
+
+
+def _words(x: Tensor) -> Tensor:
+    return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
 
 
 def disjoint_mean(
@@ -37,18 +52,18 @@ def disjoint_mean(
 
     Overwrites `weighted`. Elements on which no model agrees are 0.
     """
-    total, share = weighted[0].mul_(signs).relu_(), block.scratch()
+    total, share = flip_(weighted[0], signs).relu_(), block.scratch()
     if normalize:
         torch.sign(total, out=share)
         if weight[0] != 1.0:
             share.mul_(weight[0])
     for part, w in zip(weighted[1:], weight[1:], strict=True):
-        total.add_(part.mul_(signs).relu_())
+        total.add_(flip_(part, signs).relu_())
         if normalize and w != 0.0:
             share.add_(part.sign_() if w == 1.0 else part.sign_().mul_(w))
     if normalize:
         total.div_(_nonzero_(share, block.scratch(), all_positive=min(weight) >= 0.0))
-    return total.mul_(signs)
+    return flip_(total, signs)
 
 
 def _nonzero_(share: Tensor, work: Tensor, *, all_positive: bool) -> Tensor:
@@ -84,7 +99,7 @@ def combined(
         for tau, w in zip(trimmed, weight, strict=True):
             if w != 1.0:
                 tau.mul_(w)
-        signs = elected_signs(block, trimmed, elect, zero_sign)
+        signs = elected_signs(vote(block, trimmed, elect), zero_sign)
         merged = disjoint_mean(block, trimmed, weight, signs, normalize)
     return onto_base(block, merged, scale)
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from weldment.methods.block import CHUNK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS = 1 << 16
 _HALF = LEVELS // 2
@@ -31,9 +34,14 @@ def tensor_key(seed: int, model: str, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def levels_of(probability: float) -> int:
+    """The nearest number of 65536ths, at least one."""
+    return max(1, round(probability * LEVELS))
+
+
 def quantised(probability: float) -> float:
     """The multiple of 1/65536 nearest to `probability`, at least one step above 0."""
-    return max(1, round(probability * LEVELS)) / LEVELS
+    return levels_of(probability) / LEVELS
 
 
 def _shift_xor_(x: Tensor, bits: int, work: Tensor) -> Tensor:
@@ -78,13 +86,13 @@ def random_levels(key: int, start: int, out: Tensor) -> Tensor:
     return out
 
 
-def keep_mask(key: int, start: int, probability: float | Tensor, out: Tensor) -> Tensor:
-    """1 with the given probability, else 0, for each element of the block, in `out`.
+def keep_mask(key: int, start: int, keep: int | Tensor, out: Tensor) -> Tensor:
+    """1 with a probability of `keep` 65536ths, else 0, for each element of the block, in `out`.
 
-    `probability` is a multiple of 1/65536 (see `quantised`), one for all elements or one each. The
-    element is kept if its level is among the probability * 65536 highest.
+    `keep` is a whole number (see `levels_of`), one for all elements or one each. The element is
+    kept if its level is among the `keep` highest.
     """
     levels = random_levels(key, start, out)
-    if isinstance(probability, Tensor):
-        return levels.add_(probability * LEVELS).sub_(_HALF - 1).clamp_(0.0, 1.0)
-    return levels.sub_(_HALF - 1 - round(probability * LEVELS)).clamp_(0.0, 1.0)
+    if isinstance(keep, int):
+        return levels.sub_(_HALF - 1 - keep).clamp_(0.0, 1.0)
+    return levels.add_(keep).sub_(_HALF - 1).clamp_(0.0, 1.0)

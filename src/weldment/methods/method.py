@@ -5,11 +5,12 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from weldment.methods.block import Statistic, Total, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["float", "int", "bool", "choice"]
 

@@ -7,15 +7,18 @@ order statistics see are square roots of scores, which lie in the range of the d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from weldment.methods.average import sum_into
 from weldment.methods.block import Block, OrderStatistic, Scope, Statistic
 from weldment.methods.consensus import onto_base
 from weldment.methods.method import Method, Parameter
 from weldment.methods.task_vectors import LAMBDA, WEIGHT, magnitudes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TINY = 5e-324
 

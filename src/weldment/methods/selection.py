@@ -10,32 +10,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from weldment.methods.average import sum_into, weighted_sum
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total, Unit
-from weldment.methods.consensus import disjoint_mean, elected_signs, onto_base
+from weldment.methods.consensus import disjoint_mean, elected_signs, onto_base, vote
 from weldment.methods.method import Method, Parameter
 from weldment.methods.pcb import PCB
 from weldment.methods.spherical import cosines, gram, settled
 from weldment.methods.task_vectors import LAMBDA
 from weldment.methods.trimming import keep_above
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def spread(block: Block, **_: object) -> list[Tensor]:
-    """One series: the standard deviation of the task vectors over the models."""
-    wide = [tau.to(torch.float64, copy=True) for tau in block.task_vectors()]
-    mean = sum_into(torch.empty_like(wide[0]), wide).div_(len(wide))
-    deviations = [tau.sub_(mean).square_() for tau in wide]
-    return [block.scratch().copy_(sum_into(mean, deviations).div_(len(wide)).sqrt_())]
+    """One series: the standard deviation of the task vectors over the models.
+
+    Calculated in float64 and rounded to float32, so that deviations that are equal but for the
+    order of the models stay equal.
+    """
+    taus = block.task_vectors()
+    mean, wide, total = (block.scratch(torch.float64) for _ in range(3))
+    mean.copy_(taus[0])
+    for tau in taus[1:]:
+        mean.add_(wide.copy_(tau))
+    mean.div_(len(taus))
+    total.copy_(taus[0]).sub_(mean).square_()
+    for tau in taus[1:]:
+        total.add_(wide.copy_(tau).sub_(mean).square_())
+    return [block.scratch().copy_(total.div_(len(taus)).sqrt_())]
 
 
 def varying_count(block: Block, **_: object) -> Tensor:
-    """Number of elements in which the task vectors differ."""
-    return torch.count_nonzero(spread(block)[0]).double()
+    """Number of elements in which the models differ."""
+    first, *others = block.models
+    differing = block.scratch().zero_()
+    for other in others:
+        differing.add_(other.sub_(first).abs_())
+    return torch.count_nonzero(differing).double()
 
 
 def sce_ranks(
@@ -87,7 +103,7 @@ def sce(block: Block, *, lambda_: float, **_: object) -> Tensor:
     """
     weight = block.statistics["weights"]
     taus = _selected(block)
-    signs = elected_signs(block, taus, "mass")
+    signs = elected_signs(vote(block, taus, "mass"))
     for tau, w in zip(taus, weight, strict=True):
         tau.mul_(w)
     return onto_base(block, disjoint_mean(block, taus, weight, signs, normalize=True), lambda_)

@@ -15,13 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from weldment.methods.average import weighted_sum
 from weldment.methods.block import CHUNK, Block, Total, Unit
 from weldment.methods.method import Method, Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLINEAR = 0.9995
 """`slerp` interpolates linearly where |cos| of the angle is above this."""

@@ -16,16 +16,18 @@ One pipeline, *trim -> elect -> combine*. The methods differ in its parts:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total
-from weldment.methods.consensus import check_sum, combined, elected_signs
-from weldment.methods.masks import keep_mask, quantised
+from weldment.methods.consensus import check_sum, combined, vote
+from weldment.methods.masks import LEVELS, keep_mask, levels_of, quantised
 from weldment.methods.method import Method, Parameter
-from weldment.methods.trimming import della_keep, drop_above, keep_above, kept_count
+from weldment.methods.trimming import della_levels, drop_above, keep_above, kept_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def task_arithmetic(block: Block, *, weight: Sequence[float], normalize: bool, lambda_: float) -> Tensor:
@@ -59,7 +61,7 @@ def _ties_trimmed(block: Block) -> list[Tensor]:
 def sign_balance(block: Block, *, weight: Sequence[float], elect: str, **_: object) -> Tensor:
     """Number of elements that elect + less the number that elect -; zeros abstain."""
     votes = [tau.mul_(w) for tau, w in zip(_ties_trimmed(block), weight, strict=True)]
-    return elected_signs(block, votes, elect, zero_sign=0.0).sum(dtype=torch.float64)
+    return vote(block, votes, elect).sign_().sum(dtype=torch.float64)
 
 
 def ties_statistics(*, trim: str, sign_ties: str, **_: object) -> tuple[Statistic, ...]:
@@ -123,7 +125,7 @@ def _drop_at_random(block: Block, deltas: Sequence[Tensor], density: Sequence[fl
     mask = block.scratch()
     for tau, d, key in zip(deltas, density, block.keys, strict=True):
         if d < 1.0:
-            tau.mul_(keep_mask(key, block.start, quantised(d), mask))
+            tau.mul_(keep_mask(key, block.start, levels_of(d), mask))
 
 
 def _dare_trimmed(block: Block, density: Sequence[float], rescale: str) -> list[Tensor]:
@@ -147,7 +149,7 @@ def dare_norms(block: Block, *, density: Sequence[float], **_: object) -> Tensor
 
 def dare_statistics(*, rescale: str, **_: object) -> tuple[Statistic, ...]:
     """The norms, if they are what the survivors are rescaled by."""
-    return (Total("norms", dare_norms, finish=Tensor.tolist),) if rescale == "norm" else ()
+    return (Total("norms", dare_norms, finish=torch.Tensor.tolist),) if rescale == "norm" else ()
 
 
 def dare_linear(
@@ -190,14 +192,14 @@ def dare_ties(
 
 def _della_trimmed(block: Block, density: Sequence[float], epsilon: Sequence[float], rescale: str) -> list[Tensor]:
     trimmed = block.task_vectors()
-    keep, mask = block.scratch(), block.scratch()
+    keep, mask, keys = block.scratch(), block.scratch(), block.scratch(torch.float64)
     for tau, d, e, key in zip(trimmed, density, epsilon, block.keys, strict=True):
         if e == 0.0 and d >= 1.0:
             continue
-        della_keep(tau, d, e, keep)
+        della_levels(tau, d, e, keep, keys)
         tau.mul_(keep_mask(key, block.start, keep, mask))
         if rescale == "true":
-            tau.div_(keep)
+            tau.div_(keep.mul_(1.0 / LEVELS))
     return trimmed
 
 

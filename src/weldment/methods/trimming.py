@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from weldment.methods.masks import LEVELS, quantised
+from weldment.methods.masks import LEVELS, levels_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -38,37 +42,40 @@ def drop_above(tau: Tensor, threshold: float | None, work: Tensor) -> Tensor:
     return tau.sub_(keep_above(work, threshold))
 
 
-def row_order(tau: Tensor) -> Tensor:
+def row_order(tau: Tensor, keys: Tensor) -> Tensor:
     """The columns of each row by ascending |tau|; equal magnitudes by position.
 
     Args:
         tau: (rows, n) of float32 or float64.
+        keys: (rows, n) of float64 to work in.
 
     Returns:
-        (rows, n), int64.
+        (rows, n), int64; may lie in `keys`.
     """
-    if tau.dtype != torch.float32 or tau.device.type != "cpu":
+    if tau.dtype != torch.float32 or tau.device.type != "cpu" or not np.little_endian:
         return tau.abs().argsort(dim=1, stable=True)
     # One 64-bit key an element: |tau| above, its column below. Keys are distinct and carry their
     # column along, which beats an argsort threefold; read as float64 they order the same and
     # processors without 64-bit integer minima sort them faster. Infinity and NaN keep their order.
-    keys = np.empty(tau.shape, dtype=np.float64)
-    halves = keys.view(np.int32).reshape(*tau.shape, 2)
-    low, high = (0, 1) if np.little_endian else (1, 0)
-    np.bitwise_and(tau.numpy().view(np.int32), 0x7FFFFFFF, out=halves[..., high])
-    halves[..., low] = np.arange(tau.shape[1], dtype=np.int32)
-    keys.sort(axis=1)
-    return torch.from_numpy(halves[..., low]).long()
+    halves = keys.view(torch.int32).numpy().reshape(*tau.shape, 2)
+    np.bitwise_and(tau.numpy().view(np.int32), 0x7FFFFFFF, out=halves[..., 1])
+    halves[..., 0] = np.arange(tau.shape[1], dtype=np.int32)
+    keys.numpy().sort(axis=1)
+    return keys.view(torch.int64).bitwise_and_(0xFFFFFFFF)
 
 
-def della_keep(tau: Tensor, density: float, epsilon: float, out: Tensor) -> Tensor:
-    """Keep probabilities, multiples of 1/65536: density - epsilon + 2 epsilon r / (n - 1), in `out`.
+def della_levels(tau: Tensor, density: float, epsilon: float, out: Tensor, keys: Tensor) -> Tensor:
+    """Keep probabilities in 1/65536: 65536 * (density - epsilon + 2 epsilon r / (n - 1)), rounded, in `out`.
 
-    r is the rank of |tau| in its row. A row of one element keeps with `density`.
+    r is the rank of |tau| in its row. A row of one element keeps with `density`. `keys` as in `row_order`.
     """
     columns = tau.shape[1]
     if columns < 2 or epsilon == 0.0:
-        return out.fill_(quantised(density))
-    by_rank = torch.arange(columns, dtype=torch.float64).mul_(2.0 * epsilon / (columns - 1)).add_(density - epsilon)
-    by_rank = by_rank.mul_(LEVELS).round_().clamp_(1.0, LEVELS).div_(LEVELS).to(out)
-    return out.scatter_(1, row_order(tau), by_rank.expand_as(tau))
+        return out.fill_(levels_of(density))
+    return out.scatter_(1, row_order(tau, keys), _by_rank(columns, density, epsilon).to(out).expand_as(tau))
+
+
+@lru_cache(maxsize=256)
+def _by_rank(columns: int, density: float, epsilon: float) -> Tensor:
+    rising = torch.arange(columns, dtype=torch.float64).mul_(2.0 * epsilon / (columns - 1)).add_(density - epsilon)
+    return rising.mul_(LEVELS).round_().clamp_(1.0, LEVELS).float()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from weldment.checkpoint.dtypes import CONFIG, is_float
+from weldment.checkpoint.dtypes import FLOATS, is_float
 from weldment.checkpoint.model import Checkpoint, TensorEntry
 from weldment.planning.layers import DEPTH_KEYS, depth_of
 
@@ -78,7 +78,7 @@ def main_dtype(tensors: Iterable[tuple[str, int]]) -> str | None:
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
     """The config with its dtype, wherever it states one; stated once if it is stated nowhere."""
-    name = CONFIG[dtype]
+    name = FLOATS[dtype]
     if not any(key in config for key in _DTYPE_KEYS):
         config = {**config, "torch_dtype": name}
     return {key: _dtyped(key, value, name) for key, value in config.items()}

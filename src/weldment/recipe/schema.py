@@ -100,7 +100,7 @@ def _dtype(value: object) -> object:
 
 
 def _accumulate(value: object) -> object:
-    name = dtypes.CONFIG.get(dtypes.RECIPE.get(value, "")) if isinstance(value, str) else None
+    name = dtypes.FLOATS.get(dtypes.RECIPE.get(value, "")) if isinstance(value, str) else None
     if name not in ("float32", "float64"):
         raise _RefusedError(f"{shown(value)} is not a dtype to calculate in: float32 or float64")
     return name
