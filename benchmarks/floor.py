@@ -1,14 +1,16 @@
 """The floor of a merge: read every input byte once into a reused buffer, write the output's bytes once.
 
-    python benchmarks/floor.py FOLDER MODEL... --out OUT [--sync]
+    python benchmarks/floor.py MODEL... --out OUT [--sync] [--direct]
 
 Two plain threads, no arithmetic. Reads all MODELs' safetensors and writes as many bytes as the
-first of them has.
+first of them has. `--direct` writes past the page cache, as weldment does: the stricter floor
+where the system is slow to hand out fresh pages.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import threading
 import time
@@ -25,24 +27,26 @@ def spans(paths: list[Path]) -> list[tuple[Path, int, int]]:
     ]
 
 
-def work(jobs: list[tuple[str, Path, int, int]], lock: threading.Lock) -> None:
-    buffer = memoryview(bytearray(STEP))
+def work(jobs: list[tuple[str, Path, int, int]], lock: threading.Lock, direct: bool) -> None:
+    buffer = memoryview(mmap.mmap(-1, STEP))
     while True:
         with lock:
             if not jobs:
                 return
             kind, path, start, stop = jobs.pop()
         descriptor = os.open(path, os.O_RDONLY if kind == "read" else os.O_WRONLY)
+        past = os.open(path, os.O_WRONLY | os.O_DIRECT) if kind == "write" and direct else descriptor
         for place in range(start, stop, STEP):
             size = min(STEP, stop - place)
             if kind == "read":
                 os.preadv(descriptor, [buffer[:size]], place)
             else:
-                os.pwrite(descriptor, buffer[:size], place)
-        os.close(descriptor)
+                os.pwrite(past if size == STEP else descriptor, buffer[:size], place)
+        for opened in {descriptor, past}:
+            os.close(opened)
 
 
-def floor(models: list[Path], out: Path, threads: int = 2, sync: bool = False) -> float:
+def floor(models: list[Path], out: Path, threads: int = 2, *, sync: bool = False, direct: bool = False) -> float:
     """Seconds for one pass."""
     paths = [sorted(model.glob("*.safetensors")) for model in models]
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +68,7 @@ def floor(models: list[Path], out: Path, threads: int = 2, sync: bool = False) -
         jobs.append(write)
     jobs.reverse()
     lock = threading.Lock()
-    workers = [threading.Thread(target=work, args=(jobs, lock)) for _ in range(threads)]
+    workers = [threading.Thread(target=work, args=(jobs, lock, direct)) for _ in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -83,8 +87,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--direct", action="store_true")
     options = parser.parse_args()
-    print(f"{floor(options.models, options.out, options.threads, options.sync):.3f}")
+    seconds = floor(options.models, options.out, options.threads, sync=options.sync, direct=options.direct)
+    print(f"{seconds:.3f}")
 
 
 if __name__ == "__main__":

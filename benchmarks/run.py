@@ -88,6 +88,24 @@ def measured(command: Sequence[str]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, inner)
 
 
+def prepare(models: Sequence[Path], out: Path, *, cold: bool) -> None:
+    """Remove the last output, settle memory, and put the inputs into the page cache, or out of it.
+
+    Inputs that were read a minute ago are not warm where a kernel reclaims pages that lie idle.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    settle_memory()
+    buffer = memoryview(bytearray(1 << 20))
+    for path in (path for model in models for path in model.glob("*.safetensors")):
+        descriptor = os.open(path, os.O_RDONLY)
+        if cold:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            for place in range(0, path.stat().st_size, len(buffer)):
+                os.preadv(descriptor, [buffer], place)
+        os.close(descriptor)
+
+
 def settle_memory() -> None:
     """Touch free memory once, so that no run pays for pages that a virtual machine's host took back.
 
@@ -119,27 +137,22 @@ def one_method(method: str, folder: Path, options: argparse.Namespace, peer: Pat
     file.write_text(recipe(method, folder, options.experts))
     out = WORK / "out"
     weld = [sys.executable, "-m", "weldment", "merge", str(file), str(out), "--json", "--quiet", "--overwrite"]
+    models = inputs(method, folder, options.experts)
     ours: list[Run] = []
     theirs: list[Run] = []
-    floors: list[float] = []
-    for turn in range(options.runs + 1):
-        shutil.rmtree(out, ignore_errors=True)
-        settle_memory()
-        run = measured([*weld, "--threads", str(options.threads)])
-        shutil.rmtree(out, ignore_errors=True)
-        settle_memory()
-        bare = floor(inputs(method, folder, options.experts), out, options.threads, sync=options.sync)
-        shutil.rmtree(out, ignore_errors=True)
-        if turn > 0:  # the first of each warms up
-            ours.append(run)
-            floors.append(bare)
+    floors: dict[bool, list[float]] = {False: [], True: []}
+    command = [str(peer), str(HERE / "mergekit_peer.py"), str(file), str(out), "--no-write-model-card"]
+    for turn in range(options.runs):
+        prepare(models, out, cold=options.cold)
+        ours.append(measured([*weld, "--threads", str(options.threads)]))
+        for direct, found in floors.items():
+            prepare(models, out, cold=options.cold)
+            found.append(floor(models, out, options.threads, sync=options.sync, direct=direct))
         if peer is not None and turn < options.peer_runs:
-            command = [str(peer), str(HERE / "mergekit_peer.py"), str(file), str(out), "--no-write-model-card"]
+            prepare(models, out, cold=options.cold)
             theirs.append(measured(command))
-            shutil.rmtree(out, ignore_errors=True)
-    size = sum(
-        path.stat().st_size for model in inputs(method, folder, options.experts) for path in model.glob("*.safetensors")
-    )
+    shutil.rmtree(out, ignore_errors=True)
+    size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
     return {
         "method": method,
         "wall": median(ours, "wall"),
@@ -147,7 +160,8 @@ def one_method(method: str, folder: Path, options: argparse.Namespace, peer: Pat
         "cpu": median(ours, "cpu"),
         "peak": median(ours, "peak"),
         "rate": size / median(ours, "inner"),
-        "floor": statistics.median(floors),
+        "floor": statistics.median(floors[False]),
+        "direct": statistics.median(floors[True]),
         "peer wall": median(theirs, "wall"),
         "peer cpu": median(theirs, "cpu"),
         "peer peak": median(theirs, "peak"),
@@ -155,8 +169,8 @@ def one_method(method: str, folder: Path, options: argparse.Namespace, peer: Pat
 
 
 HEADER = (
-    "| method | wall s | merge s | CPU s | peak MB | GB/s | floor s | merge / floor | mergekit s | mergekit MB "
-    "| mergekit / ours |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| method | wall s | merge s | CPU s | peak MB | GB/s | floor s | merge / floor | direct floor s "
+    "| merge / direct | mergekit s | mergekit CPU s | mergekit MB | mergekit / ours |\n" + "|---" * 14 + "|"
 )
 
 
@@ -164,7 +178,8 @@ def line(row: dict[str, object]) -> str:
     f = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     return (
         f"| {row['method']} | {f['wall']:.1f} | {f['merge']:.1f} | {f['cpu']:.1f} | {f['peak'] / 1e6:.0f} "
-        f"| {f['rate'] / 1e9:.2f} | {f['floor']:.1f} | {f['merge'] / f['floor']:.1f}x | {f['peer wall']:.0f} "
+        f"| {f['rate'] / 1e9:.2f} | {f['floor']:.1f} | {f['merge'] / f['floor']:.1f}x "
+        f"| {f['direct']:.1f} | {f['merge'] / f['direct']:.1f}x | {f['peer wall']:.0f} | {f['peer cpu']:.0f} "
         f"| {f['peer peak'] / 1e6:.0f} | {f['peer wall'] / f['wall']:.1f}x |"
     )
 
@@ -178,6 +193,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--methods", default=",".join(PARAMETERS))
     parser.add_argument("--sync", action="store_true", help="the floor, too, forces its output to the disk")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     options = parser.parse_args()
     folder = WORK / options.shape
     if not (folder / f"expert-{options.experts - 1}" / "config.json").exists():
@@ -187,7 +203,7 @@ def main() -> None:
     machine = platform.processor() or platform.machine()
     conditions = (
         f"{machine}, {options.threads} threads, {options.shape}, {options.experts} experts, medians of {options.runs} "
-        f"(mergekit: {options.peer_runs}), page cache warm, {time.strftime('%Y-%m-%d')}"
+        f"(mergekit: {options.peer_runs}), page cache {'cold' if options.cold else 'warm'}, {time.strftime('%Y-%m-%d')}"
     )
     lines = [conditions, "", HEADER]
     print("\n".join(lines), flush=True)
