@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +115,13 @@ def test_spans_put_every_piece_in_its_place(tmp_path: Path, before: int, dtype: 
     sent: list[torch.Tensor] = []
     files = OutputFiles(tmp_path, layout)
     os.ftruncate(files.descriptor(slot.file), layout.files[0].size + before)
-    with ThreadPoolExecutor(2) as writers:
-        span = FileOutput(files, slot, writers).span(0, workspace)
-        for size in pieces:
-            room = span.room(size)
-            room.view(torch.uint8).random_(0, 256, generator=draw)
-            sent.append(room.view(torch.uint8).clone())
-            span.send()
-        for write in span.close():
-            write.result()
+    span = FileOutput(files, slot).span(0, workspace)
+    for size in pieces:
+        room = span.room(size)
+        room.view(torch.uint8).random_(0, 256, generator=draw)
+        sent.append(room.view(torch.uint8).clone())
+        span.send()
+    span.close()
     files.close()
     written = np.fromfile(tmp_path / slot.file, dtype=np.uint8)
     expected = torch.cat(sent).numpy()

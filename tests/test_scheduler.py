@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import pytest
 
-from weldment.engine.scheduler import Interrupted, Scheduler
+from weldment.engine.pools import thread_pool
+from weldment.engine.scheduler import Interrupted, Scheduler, Stages
 
 
-def scheduler(threads: int = 3) -> Scheduler[str]:
-    return Scheduler(threads, lambda: threading.current_thread().name)
+class Runner:
+    """A scheduler with threads of its own for each run."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._scheduler: Scheduler | None = None
+
+    def run(self, jobs: Iterable[Stages]) -> None:
+        with thread_pool(self._threads, lambda: threading.current_thread().name) as pool:
+            self._scheduler = Scheduler(pool)
+            self._scheduler.run(jobs)
+
+    def stop(self) -> None:
+        assert self._scheduler is not None
+        self._scheduler.stop()
+
+
+def scheduler(threads: int = 3) -> Runner:
+    return Runner(threads)
 
 
 def counting(size: int, into: list[Any]) -> Generator[Any, list[Any], None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -31,9 +31,19 @@ class Checksum:
     def __init__(self, numel: int, dtype: str) -> None:
         self._chunk_bytes = CHUNK * ITEM_BYTES[dtype]
         self._item = ITEM_BYTES[dtype]
-        count = -(-numel * self._item // self._chunk_bytes)
-        self._sums = np.zeros(count, dtype=np.uint64)
-        self._lock = threading.Lock()
+        self._first = 0
+        self._sums = np.zeros(-(-numel * self._item // self._chunk_bytes), dtype=np.uint64)
+
+    def part(self, start: int, stop: int) -> Checksum:
+        """An empty checksum for the elements from `start` to `stop` of the same tensor, to be joined."""
+        found = copy.copy(self)
+        found._first = start // CHUNK
+        found._sums = np.zeros(-(-stop // CHUNK) - found._first, dtype=np.uint64)
+        return found
+
+    def join(self, part: Checksum) -> None:
+        """Add what was added to a part."""
+        self._sums[part._first : part._first + part._sums.size] += part._sums
 
     def add(self, start: int, block: Tensor) -> None:
         """Add the elements from index `start` on; each element must be added once."""
@@ -52,8 +62,7 @@ class Checksum:
                 size = self._chunk_bytes - inside
                 sums = _weighted(data[:size], inside)
                 whole = 1
-            with self._lock:
-                self._sums[chunk : chunk + whole] += sums
+            self._sums[chunk - self._first : chunk - self._first + whole] += sums
             position, data = position + size, data[size:]
 
     def digest(self) -> str:

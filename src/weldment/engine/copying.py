@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +16,11 @@ from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.outputs import Output
 from weldment.engine.scheduler import Stages
 from weldment.engine.sources import Source
-from weldment.engine.work import Part, emit, outcome
-from weldment.engine.workspace import Workspace
+from weldment.engine.work import Part, Worker, emit, joined
 from weldment.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,29 +38,29 @@ class Copy:
         return math.prod(self.shape)
 
 
-def copy_stages(copy: Copy, finished: Callable[[Outcome], None], report: Callable[[int], None]) -> Stages[Workspace]:
+def copy_stages(place: int, copy: Copy, finished: Callable[[Outcome], None]) -> Stages:
     """One pass over the tensor; `finished` gets the outcome."""
-    checksum = Checksum(copy.numel, copy.dtype)
-    spans = Grid(copy.shape, "element").spans()
-    parts = yield [partial(_copy_span, copy, span, checksum, report) for span in spans]
-    finished(outcome(checksum, parts))
+    parts = yield [partial(_copy_span, place, span) for span in Grid(copy.shape, "element").spans()]
+    finished(joined(Checksum(copy.numel, copy.dtype), parts))
 
 
-def _copy_span(
-    copy: Copy, span: tuple[int, int], checksum: Checksum, report: Callable[[int], None], workspace: Workspace
-) -> Part:
+def _copy_span(place: int, span: tuple[int, int], worker: Worker) -> Part:
+    copy: Copy = worker.works[place]
     nonfinite = 0
-    output = copy.output.span(span[0], workspace)
-    for cut in Grid(copy.shape, "element").blocks(span):
-        first = copy.sources[0].raw(cut.start, cut.view, workspace, "first")
-        for other in copy.sources[1:]:
-            values = other.raw(cut.start, cut.view, workspace)
-            if not torch.equal(first.contiguous().view(torch.uint8), values.contiguous().view(torch.uint8)):
-                raise PlanError(
-                    "the models hold different values of a tensor that cannot be merged",
-                    where=copy.name,
-                    fix=f'Take it from one model: `take: {{"{copy.name}": MODEL}}`, or leave it out with `drop`',
-                )
-        nonfinite += emit(first, cut.start, output, checksum)
-        report(cut.numel)
-    return nonfinite, output.close()
+    checksum = Checksum(copy.numel, copy.dtype).part(*span)
+    with closing(copy.output.span(span[0], worker)) as output:
+        for cut in Grid(copy.shape, "element").blocks(span):
+            first = copy.sources[0].raw(cut.start, cut.view, worker, "first")
+            for other in copy.sources[1:]:
+                _check_same(copy, first, other.raw(cut.start, cut.view, worker))
+            nonfinite += emit(first, cut.start, output, checksum)
+    return Part(place, span[1] - span[0], nonfinite, checksum)
+
+
+def _check_same(copy: Copy, first: Tensor, other: Tensor) -> None:
+    if not torch.equal(first.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)):
+        raise PlanError(
+            "the models hold different values of a tensor that cannot be merged",
+            where=copy.name,
+            fix=f'Take it from one model: `take: {{"{copy.name}": MODEL}}`, or leave it out with `drop`',
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from weldment.methods import METHODS
 from weldment.planning.plan import Plan, TensorJob
 
 _CHECK_STEP = 1 << 22
-_WRITERS = 2
-"""Threads that wait for the disk; they take little processor time."""
 _SHOWN = 5
 
 
@@ -90,8 +87,7 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
         files = OutputFiles(run.folder, plan.layout)
         stack.callback(files.close)
         inputs = _Inputs(stack, run.find)
-        writers = stack.enter_context(ThreadPoolExecutor(_WRITERS, thread_name_prefix="weld-write"))
-        outputs = [FileOutput(files, slots[job.file, job.name], writers) for job in plan.jobs]
+        outputs = [FileOutput(files, slots[job.file, job.name]) for job in plan.jobs]
         works = [_work(job, inputs, output, run.block) for job, output in zip(plan.jobs, outputs, strict=True)]
         names = {id(work): _label(job) for work, job in zip(works, plan.jobs, strict=True)}
         checksums = _still_true(plan, run, files)

@@ -8,6 +8,7 @@ import torch
 
 from weldment.checkpoint.dtypes import ITEM_BYTES
 from weldment.engine.blocks import BLOCK, Grid
+from weldment.engine.pools import can_fork
 from weldment.engine.run import Machine, default_threads
 from weldment.errors import UserError
 from weldment.methods import METHODS
@@ -17,7 +18,10 @@ from weldment.planning.plan import Plan, TensorJob
 PROCESS_BYTES = 280_000_000
 """What Python, torch and the plan take before the first block (measured; see benchmarks/README.md)."""
 
-SCRATCH = 6
+FORK_ELEMENTS = 1 << 26
+"""Merges of as many elements are worth starting processes for."""
+
+SCRATCH = 8
 """Blocks of scratch a kernel takes, temporary results included."""
 
 
@@ -67,17 +71,23 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
         _refuse_float64(plan)
     wanted = threads or default_threads()
     if max_memory is None:
-        return Machine(chosen, wanted), BLOCK
+        return _machine(plan, chosen, wanted), BLOCK
     for count in range(wanted, 0, -1):
         for block in _block_sizes():
             if peak_bytes(plan, count, block) <= max_memory:
-                return Machine(chosen, count), block
+                return _machine(plan, chosen, count), block
     least = peak_bytes(plan, 1, CHUNK)
     raise UserError(
         f"this merge cannot work in {max_memory / 1e6:.1f} MB of memory",
         where="--max-memory",
         fix=f"The least it needs is {math.ceil(least / 1e6)} MB",
     )
+
+
+def _machine(plan: Plan, device: str, threads: int) -> Machine:
+    """Large merges on several processors get processes, which take a moment to start."""
+    elements = sum(math.prod(job.shape) for part in (*plan.stages, plan) for job in part.jobs)
+    return Machine(device, threads, processes=device == "cpu" and elements >= FORK_ELEMENTS and can_fork())
 
 
 def _refuse_float64(plan: Plan) -> None:

@@ -29,7 +29,7 @@ _PIECE = 4096
 _MARGIN = 5.0
 
 W = TypeVar("W")
-Values = Callable[[W, Range, Workspace], "list[Tensor]"]
+Values = Callable[[W, Range, Any], "list[Tensor]"]
 Stage = Generator[list[Callable[[Workspace], Any]], list[Any], Any]
 
 
@@ -68,7 +68,7 @@ def select(items: Sequence[tuple[W, Grid]], values: Values[W], ranks: Sequence[S
     """The numbers of the given ranks (0 = smallest) in each series.
 
     Args:
-        items: the tensors that the series run over, with their cutting.
+        items: what stands for the tensors that the series run over, with their cutting; goes into tasks.
         values: gives the series' non-negative numbers in a range of an item.
         ranks: for each series the wanted ranks.
 

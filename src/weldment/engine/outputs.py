@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,8 +15,6 @@ from weldment.engine.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Writes = list[Future[None]]
 
 _WRITE_BYTES = 2 << 20
 """Bytes of a write: every one has a price of its own."""
@@ -42,8 +39,8 @@ class Span(Protocol):
         """The room is filled; it may be taken again after `room` is called next."""
         ...
 
-    def close(self) -> Writes:
-        """No more elements follow; what must end before they are in the file."""
+    def close(self) -> None:
+        """No more elements follow; returns when all are written."""
         ...
 
 
@@ -70,17 +67,16 @@ class _MemorySpan:
     def send(self) -> None:
         """The room was the tensor itself."""
 
-    def close(self) -> Writes:
-        return []
+    def close(self) -> None:
+        """The room was the tensor itself."""
 
 
 @dataclass(frozen=True)
 class FileOutput:
-    """The place of a tensor in an output file; `writers` do the writing."""
+    """The place of a tensor in an output file."""
 
     files: OutputFiles
     slot: Slot
-    writers: Executor
 
     def span(self, start: int, workspace: Workspace) -> Span:
         """See `Output`."""
@@ -88,7 +84,7 @@ class FileOutput:
 
 
 class _FileSpan:
-    """Places elements in page-aligned buffers as they will lie in the file, and hands whole pages to the writers.
+    """Places elements in page-aligned buffers as they will lie in the file, and hands whole pages to the outbox.
 
     The bytes after the last whole page wait for the next buffer.
     """
@@ -101,7 +97,6 @@ class _FileSpan:
         self._position = output.slot.offset + start * self._item
         self._buffer = np.empty(0, dtype=np.uint8)
         self._begin = self._end = 0
-        self._writes: Writes = []
 
     def room(self, count: int) -> Tensor:
         size = count * self._item
@@ -113,10 +108,10 @@ class _FileSpan:
     def send(self) -> None:
         self._end = self._filled
 
-    def close(self) -> Writes:
+    def close(self) -> None:
         if self._end > self._begin:
             self._write(self._end)
-        return self._writes
+        self._outbox.flush()
 
     def _next_buffer(self, size: int) -> None:
         """Write the whole pages, and begin the next buffer with what is left."""
@@ -134,6 +129,4 @@ class _FileSpan:
 
     def _write(self, end: int) -> None:
         data = self._buffer[self._begin : end]
-        write = self._output.writers.submit(self._output.files.write, self._output.slot.file, self._position, data)
-        self._outbox.sent(write)
-        self._writes.append(write)
+        self._outbox.send(self._output.files.write, self._output.slot.file, self._position, data)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 
 from weldment.engine.checksum import Outcome
 from weldment.engine.copying import Copy, copy_stages
+from weldment.engine.pools import process_pool, thread_pool
 from weldment.engine.scheduler import Scheduler, Stages
-from weldment.engine.work import Work, statistic_stages, tensor_stages
+from weldment.engine.work import Part, Work, Worker, Works, statistic_stages, tensor_stages
 from weldment.engine.workspace import Workspace
 
 
@@ -24,16 +25,18 @@ class Machine:
 
     Attributes:
         device: "cpu", "cuda" or "mps".
-        threads: worker threads.
+        threads: workers.
         accumulate: "float32" or "float64".
+        processes: workers are processes, not threads (see `pools`).
     """
 
     device: str = "cpu"
     threads: int = 1
     accumulate: str = "float32"
+    processes: bool = False
 
     def workspace(self) -> Workspace:
-        """A thread's buffers."""
+        """A worker's buffers."""
         return Workspace(torch.device(self.device), getattr(torch, self.accumulate))
 
 
@@ -58,7 +61,7 @@ def run_works(
     """Merge all tensors.
 
     Args:
-        finished: called in a worker thread when a tensor is written.
+        finished: called when a tensor is written.
         report: called with the number of elements merged since the last call.
         pending: tensors for which it is false are left out, though model-wide statistics count them.
 
@@ -66,50 +69,55 @@ def run_works(
         Interrupted: the user pressed Ctrl-C.
     """
     before = torch.get_num_threads()
-    runner: Scheduler[Workspace] = Scheduler(machine.threads, partial(_begin_thread, machine))
+    start = process_pool if machine.processes and machine.threads > 1 else thread_pool
+
+    def done(result: Any) -> None:
+        if isinstance(result, Part):
+            report(works[result.place], result.count)
+
     try:
-        shared = _model_statistics(works, runner)
-        runner.run(_stages(works, shared, finished, report, pending))
+        with start(machine.threads, partial(_worker, machine, works)) as pool:
+            runner = Scheduler(pool, done)
+            shared = _model_statistics(works, runner)
+            runner.run(_stages(works, shared, finished, pending))
     finally:
         torch.set_num_threads(before)
 
 
-def _begin_thread(machine: Machine) -> Workspace:
+def _worker(machine: Machine, works: Sequence[Work | Copy]) -> Worker:
     """A worker's buffers; the workers are the parallelism, so torch gets one thread in each."""
     torch.set_num_threads(1)
-    return machine.workspace()
+    return Worker(torch.device(machine.device), getattr(torch, machine.accumulate), works)
 
 
 def _stages(
     works: Sequence[Work | Copy],
     shared: Mapping[int, Mapping[str, Any]],
     finished: Finished,
-    report: Callable[[Work | Copy, int], None],
     pending: Callable[[Work | Copy], bool],
-) -> Iterator[Stages[Workspace]]:
+) -> Iterator[Stages]:
     for place, work in enumerate(works):
         if not pending(work):
             continue
         if isinstance(work, Copy):
-            yield copy_stages(work, partial(finished, work), partial(report, work))
+            yield copy_stages(place, work, partial(finished, work))
         else:
-            whole = replace(work, statistics=shared.get(place, {}))
-            yield tensor_stages(whole, partial(finished, work), partial(report, work))
+            yield tensor_stages(place, work, shared.get(place, {}), partial(finished, work))
 
 
 def _group(work: Work) -> tuple[Any, ...]:
     return work.method.name, repr(sorted(work.parameters.items()))
 
 
-def _model_statistics(works: Sequence[Work | Copy], runner: Scheduler[Workspace]) -> dict[int, dict[str, Any]]:
+def _model_statistics(works: Sequence[Work | Copy], runner: Scheduler) -> dict[int, dict[str, Any]]:
     """Statistics over all tensors that share a method and its parameters."""
     found: dict[int, dict[str, Any]] = {}
     indexed = [(n, w) for n, w in enumerate(works) if isinstance(w, Work) and _needs_model(w)]
     for _, group in itertools.groupby(sorted(indexed, key=lambda pair: _group(pair[1])), lambda pair: _group(pair[1])):
-        members = list(group)
+        members = dict(group)
         statistics: dict[str, Any] = {}
-        runner.run([_collect([work for _, work in members], statistics)])
-        found.update({place: statistics for place, _ in members})
+        runner.run([_collect(members, statistics)])
+        found.update(dict.fromkeys(members, statistics))
     return found
 
 
@@ -117,8 +125,8 @@ def _needs_model(work: Work) -> bool:
     return any(statistic.scope == "model" for statistic in work.method.statistics_for(work.parameters))
 
 
-def _collect(works: Iterable[Work], into: dict[str, Any]) -> Stages[Workspace]:
-    works = list(works)
-    for statistic in works[0].method.statistics_for(works[0].parameters):
+def _collect(works: Works, into: dict[str, Any]) -> Stages:
+    first = next(iter(works.values()))
+    for statistic in first.method.statistics_for(first.parameters):
         if statistic.scope == "model":
             into[statistic.name] = yield from statistic_stages(works, statistic, into)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from weldment.engine.blocks import BLOCK, Grid, Range, chunks
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.order import select
-from weldment.engine.outputs import Output, Span, Writes
+from weldment.engine.outputs import Output, Span
 from weldment.engine.scheduler import Stages
 from weldment.engine.sources import Source
 from weldment.engine.workspace import Workspace
@@ -24,8 +25,21 @@ from weldment.methods.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-Part = tuple[int, Writes]
-"""Of a span: its elements that are not finite, and the writes that are under way."""
+
+@dataclass(frozen=True)
+class Part:
+    """A finished span of a tensor.
+
+    Attributes:
+        place: the tensor's place among the works.
+        count: elements.
+        nonfinite: those that are NaN or infinite.
+    """
+
+    place: int
+    count: int
+    nonfinite: int
+    checksum: Checksum
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,6 @@ class Work:
     Attributes:
         parameters: the kernel's keyword arguments.
         keys: random keys, one per model.
-        statistics: results of model-wide passes, by name.
         dtype: safetensors name of the output's dtype.
         block: elements of a block.
     """
@@ -49,7 +62,6 @@ class Work:
     dtype: str
     output: Output
     keys: Sequence[int] = ()
-    statistics: Mapping[str, Any] = field(default_factory=dict)
     block: int = BLOCK
 
     @property
@@ -72,37 +84,61 @@ class Work:
         return out
 
 
-def tensor_stages(work: Work, finished: Callable[[Outcome], None], report: Callable[[int], None]) -> Stages[Workspace]:
+class Worker(Workspace):
+    """What runs tasks: buffers of its own, and the works that tasks name by their place.
+
+    Args:
+        device: where the arithmetic runs.
+        dtype: accumulation dtype.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, works: Sequence[Any]) -> None:
+        super().__init__(device, dtype)
+        self.works = works
+
+
+Works = Mapping[int, Work]
+"""Tensors by their place among all works."""
+
+
+def tensor_stages(place: int, work: Work, shared: Mapping[str, Any], finished: Callable[[Outcome], None]) -> Stages:
     """The passes over one tensor: its statistics, then the merge; `finished` gets the outcome.
 
-    `report` is called with the number of elements merged, block by block.
+    Args:
+        shared: results of model-wide passes, by name.
     """
-    statistics = dict(work.statistics)
+    statistics = dict(shared)
     for statistic in work.method.statistics_for(work.parameters) if work.numel else ():
         if statistic.name not in statistics:
-            statistics[statistic.name] = yield from statistic_stages([work], statistic, statistics)
-    checksum = Checksum(work.numel, work.dtype)
-    parts = yield [partial(_merge_span, work, span, statistics, checksum, report) for span in work.grid.spans()]
-    finished(outcome(checksum, parts))
+            statistics[statistic.name] = yield from statistic_stages({place: work}, statistic, statistics)
+    parts = yield [partial(_merge_span, place, span, statistics) for span in work.grid.spans()]
+    finished(joined(Checksum(work.numel, work.dtype), parts))
 
 
-def outcome(checksum: Checksum, parts: Sequence[Part]) -> Outcome:
-    """The outcome of a tensor when all its spans are in the file."""
-    for _, writes in parts:
-        for write in writes:
-            write.result()
-    return Outcome(checksum, sum(nonfinite for nonfinite, _ in parts))
+def joined(checksum: Checksum, parts: Sequence[Part]) -> Outcome:
+    """The outcome of a tensor whose spans are all written."""
+    for part in parts:
+        checksum.join(part.checksum)
+    return Outcome(checksum, sum(part.nonfinite for part in parts))
 
 
-def statistic_stages(works: Sequence[Work], statistic: Statistic, known: Mapping[str, Any]) -> Stages[Workspace]:
+def statistic_stages(works: Works, statistic: Statistic, known: Mapping[str, Any]) -> Stages:
     """One statistic over one tensor, or over all tensors of a model."""
     if isinstance(statistic, Total):
         return (yield from _total_stages(works, statistic, known))
     return (yield from _order_stages(works, statistic, known))
 
 
-def _total_stages(works: Sequence[Work], statistic: Total, known: Mapping[str, Any]) -> Stages[Workspace]:
-    tasks = [partial(_total_span, work, span, statistic, known) for work in works for span in work.grid.spans()]
+def _statistic(work: Work, name: str) -> Any:
+    return next(found for found in work.method.statistics_for(work.parameters) if found.name == name)
+
+
+def _total_stages(works: Works, statistic: Total, known: Mapping[str, Any]) -> Stages:
+    tasks = [
+        partial(_total_span, place, span, statistic.name, known)
+        for place, work in works.items()
+        for span in work.grid.spans()
+    ]
     parts = yield tasks
     if not parts:
         return None
@@ -110,13 +146,13 @@ def _total_stages(works: Sequence[Work], statistic: Total, known: Mapping[str, A
     return total if statistic.finish is None else statistic.finish(total)
 
 
-def _total_span(
-    work: Work, span: tuple[int, int], statistic: Total, known: Mapping[str, Any], workspace: Workspace
-) -> Tensor:
+def _total_span(place: int, span: tuple[int, int], name: str, known: Mapping[str, Any], worker: Worker) -> Tensor:
     """The partial sums of the chunks of a span, stacked."""
+    work = worker.works[place]
+    statistic = _statistic(work, name)
     partials: list[Tensor] = []
     for cut in work.grid.blocks(span):
-        block = work.load(cut, known, workspace)
+        block = work.load(cut, known, worker)
         pieces = chunks(cut.numel) if work.grid.unit == "element" else [(0, cut.numel)]
         for start, stop in pieces:
             piece = block if len(pieces) == 1 else _piece(block, start, stop)
@@ -134,40 +170,40 @@ def _piece(block: Block, start: int, stop: int) -> Block:
     )
 
 
-def _order_stages(works: Sequence[Work], statistic: OrderStatistic, known: Mapping[str, Any]) -> Stages[Workspace]:
-    total = sum(work.numel for work in works)
-    ranks = statistic.ranks(total, statistics=known, **works[0].parameters)
+def _order_stages(works: Works, statistic: OrderStatistic, known: Mapping[str, Any]) -> Stages:
+    total = sum(work.numel for work in works.values())
+    first = next(iter(works.values()))
+    ranks = statistic.ranks(total, statistics=known, **first.parameters)
     if all(rank is None for series in ranks for rank in series):
         return [[None for _ in series] for series in ranks]
     wanted = [n for n, series in enumerate(ranks) if any(rank is not None for rank in series)]
-
-    def values(work: Work, cut: Range, workspace: Workspace) -> list[Tensor]:
-        found = statistic.of(work.load(cut, known, workspace), **work.parameters)
-        return [found[n].reshape(-1) for n in wanted]
-
     places = [[rank for rank in ranks[n] if rank is not None] for n in wanted]
-    found = yield from select([(work, work.grid) for work in works], values, places)
+    values = partial(_series, statistic.name, wanted, known)
+    found = yield from select([(place, work.grid) for place, work in works.items()], values, places)
     answers = {n: iter(series) for n, series in zip(wanted, found, strict=True)}
     return [[None if rank is None else next(answers[n]) for rank in series] for n, series in enumerate(ranks)]
 
 
-def _merge_span(
-    work: Work,
-    span: tuple[int, int],
-    statistics: Mapping[str, Any],
-    checksum: Checksum,
-    report: Callable[[int], None],
-    workspace: Workspace,
-) -> Part:
-    """Merge a span and send it to the output."""
+def _series(
+    name: str, wanted: Sequence[int], known: Mapping[str, Any], place: int, cut: Range, worker: Worker
+) -> list[Tensor]:
+    """The wanted series of an order statistic in a range of a tensor."""
+    work = worker.works[place]
+    found = _statistic(work, name).of(work.load(cut, known, worker), **work.parameters)
+    return [found[n].reshape(-1) for n in wanted]
+
+
+def _merge_span(place: int, span: tuple[int, int], statistics: Mapping[str, Any], worker: Worker) -> Part:
+    """Merge and write a span."""
+    work = worker.works[place]
     nonfinite = 0
-    output = work.output.span(span[0], workspace)
-    for cut in work.grid.blocks(span):
-        merged = work.method.kernel(work.load(cut, statistics, workspace), **work.parameters).reshape(-1)
-        for start in range(0, cut.numel, BLOCK):
-            nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum)
-        report(cut.numel)
-    return nonfinite, output.close()
+    checksum = Checksum(work.numel, work.dtype).part(*span)
+    with closing(work.output.span(span[0], worker)) as output:
+        for cut in work.grid.blocks(span):
+            merged = work.method.kernel(work.load(cut, statistics, worker), **work.parameters).reshape(-1)
+            for start in range(0, cut.numel, BLOCK):
+                nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum)
+    return Part(place, span[1] - span[0], nonfinite, checksum)
 
 
 def emit(merged: Tensor, start: int, output: Span, checksum: Checksum) -> int:

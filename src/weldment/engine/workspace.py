@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ class Workspace:
 
 
 class Outbox:
-    """Page-aligned buffers that are filled in turn while the ones before them are written."""
+    """Page-aligned buffers that are filled in turn while a thread writes the ones before them."""
 
     COUNT = 3
 
@@ -94,19 +95,29 @@ class Outbox:
         self._buffers = [np.empty(0, dtype=np.uint8)] * self.COUNT
         self._writes: list[Future[None] | None] = [None] * self.COUNT
         self._current = 0
+        self._writer = ThreadPoolExecutor(1, "weld-write")
 
     def take(self, nbytes: int) -> np.ndarray:
         """The next buffer, at least `nbytes` long, when what was in it is written."""
         self._current = (self._current + 1) % self.COUNT
-        write, self._writes[self._current] = self._writes[self._current], None
-        if write is not None:
-            write.result()
+        self._wait(self._current)
         if self._buffers[self._current].size < nbytes:
             raw = np.empty(nbytes + PAGE, dtype=np.uint8)
             skew = -raw.ctypes.data % PAGE
             self._buffers[self._current] = raw[skew : skew + nbytes]
         return self._buffers[self._current]
 
-    def sent(self, write: Future[None]) -> None:
-        """The last buffer taken is being written."""
-        self._writes[self._current] = write
+    def send(self, write: Callable[..., None], *arguments: object) -> None:
+        """Let the thread write what is in the buffer taken last."""
+        self._writes[self._current] = self._writer.submit(write, *arguments)
+
+    def flush(self) -> None:
+        """Wait until everything is written; raises what went wrong."""
+        wait([write for write in self._writes if write is not None])
+        for number in range(self.COUNT):
+            self._wait(number)
+
+    def _wait(self, number: int) -> None:
+        write, self._writes[number] = self._writes[number], None
+        if write is not None:
+            write.result()
