@@ -16,7 +16,7 @@ def block(*models: list[float], base: list[float] | None = None) -> Block:
 
 
 def signs_of(votes: list[Tensor], elect: str, zero_sign: float = 1.0) -> list[float]:
-    total = vote(Block(votes, None, (len(votes[0]),)), votes, elect)
+    total = vote(Block(votes, None, (len(votes[0]),)), elect)
     return flip_(torch.ones(len(total)), elected_signs(total, zero_sign)).tolist()
 
 
@@ -37,21 +37,21 @@ def test_ties(elect: str, zero_sign: float) -> None:
 def test_only_those_that_agree_are_averaged() -> None:
     parts = block([2.0, -1.0, 0.0], [4.0, 3.0, 0.0], [-1.0, 5.0, 0.0])
     signs = elected_signs(torch.tensor([1.0, 1.0, 1.0]))
-    merged = disjoint_mean(parts, parts.models, [1.0, 1.0, 1.0], signs, normalize=True)
+    merged = disjoint_mean(parts, [1.0, 1.0, 1.0], signs, normalize=True)
     assert merged.tolist() == [3.0, 4.0, 0.0]
 
 
 def test_weights_of_those_that_agree_normalise() -> None:
     """(0.5 * 2 + 0.25 * 4) / (0.5 + 0.25): the model of weight 1 disagrees."""
     parts = block([1.0], [1.0], [-1.0])  # already weighted
-    merged = disjoint_mean(parts, parts.models, [0.5, 0.25, 1.0], elected_signs(torch.tensor([1.0])), normalize=True)
+    merged = disjoint_mean(parts, [0.5, 0.25, 1.0], elected_signs(torch.tensor([1.0])), normalize=True)
     assert merged.item() == pytest.approx(2.0 / 0.75)
 
 
 def test_negative_weights_may_cancel_in_the_share() -> None:
     """Where the weights of those that agree sum to zero, the sum is not divided."""
     parts = block([3.0], [2.0])
-    merged = disjoint_mean(parts, parts.models, [1.0, -1.0], elected_signs(torch.tensor([1.0])), normalize=True)
+    merged = disjoint_mean(parts, [1.0, -1.0], elected_signs(torch.tensor([1.0])), normalize=True)
     assert merged.item() == 5.0
 
 

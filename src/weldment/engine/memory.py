@@ -43,7 +43,7 @@ def job_bytes(job: TensorJob, block: int, accumulate: str) -> int:
     elements = block_elements(job, block)
     width = 8 if accumulate == "float64" else 4
     buffers = len(job.sources) + (job.base is not None) + SCRATCH
-    raw = max(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
+    raw = sum(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
     doubles = 2 * buffers * 8 if job.method and METHODS[job.method].float64 else 0
     return elements * (buffers * width + doubles + raw)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +46,11 @@ class FileSource:
     def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
         """Read the elements into a buffer."""
         data, numbers = workspace.landing(name, shape, torch_dtype(self.dtype))
+        self.fill(start, data)
+        return numbers
+
+    def fill(self, start: int, data: memoryview) -> None:
+        """Read elements into `data` until it is full."""
         position, end = 0, len(data)
         place = self.offset + start * ITEM_BYTES[self.dtype]
         while position < end:
@@ -59,7 +65,6 @@ class FileSource:
                     fix="Check the file and run the merge again",
                 )
             position += got
-        return numbers
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Read and convert."""
@@ -79,3 +84,17 @@ class MemorySource:
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Copy and convert."""
         out.copy_(self.values[start : start + out.numel()].view(out.shape))
+
+
+def read_all(sources: Sequence[Source], start: int, out: Tensor, workspace: Workspace) -> None:
+    """Fill `out` (T, ...) with the elements of T sources; files of one dtype are converted together."""
+    files = [source for source in sources if isinstance(source, FileSource)]
+    if len(files) < len(sources) or len({file.dtype for file in files}) > 1:
+        for source, row in zip(sources, out, strict=True):
+            source.read(start, row, workspace)
+        return
+    data, numbers = workspace.landing("read", tuple(out.shape), torch_dtype(files[0].dtype))
+    size = len(data) // len(files)
+    for index, file in enumerate(files):
+        file.fill(start, data[index * size : (index + 1) * size])
+    out.copy_(numbers)

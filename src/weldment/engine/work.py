@@ -17,7 +17,7 @@ from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.order import select
 from weldment.engine.outputs import Output, Span
 from weldment.engine.scheduler import Stages
-from weldment.engine.sources import Source
+from weldment.engine.sources import Source, read_all
 from weldment.engine.workspace import Workspace
 from weldment.methods.block import Block, OrderStatistic, Statistic, Total
 from weldment.methods.method import Method
@@ -74,14 +74,22 @@ class Work:
 
     def load(self, cut: Range, statistics: Mapping[str, Any], workspace: Workspace) -> Block:
         """Read the same elements of every model."""
-        models = [self._read(source, ("model", n), cut, workspace) for n, source in enumerate(self.sources)]
-        base = None if self.base is None else self._read(self.base, "base", cut, workspace)
-        return Block(models, base, self.shape, cut.start, statistics=statistics, keys=self.keys, pool=workspace.scratch)
-
-    def _read(self, source: Source, name: Any, cut: Range, workspace: Workspace) -> Tensor:
-        out = workspace.numbers(name, cut.view)
-        source.read(cut.start, out, workspace)
-        return out
+        stack, models = workspace.stack(len(self.sources), cut.view)
+        read_all(self.sources, cut.start, stack, workspace)
+        base = None
+        if self.base is not None:
+            base = workspace.numbers("base", cut.view)
+            self.base.read(cut.start, base, workspace)
+        return Block(
+            list(models),
+            base,
+            self.shape,
+            cut.start,
+            statistics=statistics,
+            keys=self.keys,
+            pool=workspace.scratch,
+            stack=stack,
+        )
 
 
 class Worker(Workspace):
@@ -165,6 +173,7 @@ def _piece(block: Block, start: int, stop: int) -> Block:
         block,
         models=[model[start:stop] for model in block.models],
         base=None if block.base is None else block.base[start:stop],
+        stack=None if block.stack is None else block.stack[:, start:stop],
         start=block.start + start,
         _taken=0,
     )

@@ -51,6 +51,16 @@ class Workspace:
             self._views[key] = found
         return found
 
+    def stack(self, count: int, shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """`count` tensors of numbers in one, and each by itself."""
+        key = ("stack", count, shape)
+        found = self._views.get(key)
+        if found is None:
+            stack = self.numbers("stack", (count, *shape))
+            found = stack, list(stack)
+            self._views[key] = found
+        return found
+
     def landing(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Landing:
         """Numbers of any dtype in main memory, with their bytes, to read a file into."""
         key = (name, shape, dtype)

@@ -37,6 +37,9 @@ class Block:
         start: index, in the flattened tensor, of the block's first element.
         statistics: results of the method's passes so far, by name.
         keys: one random key per model (see `masks`); equal for all blocks of a tensor.
+        pool: gives scratch tensors.
+        stack: (T, ...), the memory of `models`, for operations on all of them at once: each
+            call of torch takes as long as thousands of additions.
     """
 
     models: list[Tensor]
@@ -46,6 +49,7 @@ class Block:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     keys: Sequence[int] = ()
     pool: Callable[[int, tuple[int, ...], torch.dtype], Tensor] | None = None
+    stack: Tensor | None = None
     _taken: int = 0
 
     def scratch(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,9 +64,15 @@ class Block:
     def task_vectors(self) -> list[Tensor]:
         """tau_i = theta_i - theta_0, in place of the models' elements."""
         assert self.base is not None
-        for model in self.models:
-            model.sub_(self.base)
+        self.together().sub_(self.base)
         return self.models
+
+    def together(self) -> Tensor:
+        """The models' elements as one tensor, (T, ...); they share their memory."""
+        if self.stack is None:
+            self.stack = torch.stack(self.models)
+            self.models = list(self.stack)
+        return self.stack
 
 
 @dataclass(frozen=True)

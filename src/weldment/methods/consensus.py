@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weldment.methods.average import sum_into, weighted_sum
+from weldment.methods.average import weighted_sum
 from weldment.methods.block import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def vote(block: Block, votes: Sequence[Tensor], elect: str) -> Tensor:
-    """The sum of the votes (`mass`) or of their signs (`count`), whose sign is elected."""
+def vote(block: Block, elect: str) -> Tensor:
+    """The sum over the models (`mass`), or of their signs (`count`), whose sign is elected."""
     total = block.scratch()
     if elect == "mass":
-        return sum_into(total, votes)
+        return torch.sum(block.together(), dim=0, out=total)
     sign = block.scratch()
-    torch.sign(votes[0], out=total)
-    for part in votes[1:]:
+    torch.sign(block.models[0], out=total)
+    for part in block.models[1:]:
         total.add_(torch.sign(part, out=sign))
     return total
 
@@ -45,23 +45,18 @@ def _words(x: Tensor) -> Tensor:
     return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
 
 
-def disjoint_mean(
-    block: Block, weighted: Sequence[Tensor], weight: Sequence[float], signs: Tensor, normalize: bool
-) -> Tensor:
+def disjoint_mean(block: Block, weight: Sequence[float], signs: Tensor, normalize: bool) -> Tensor:
     """Sum of the w_i tau_i that have the elected sign, divided by the sum of their w_i if `normalize`.
 
-    Overwrites `weighted`. Elements on which no model agrees are 0.
+    The models of the block are the w_i tau_i and are overwritten. Elements on which no model agrees are 0.
     """
-    total, share = flip_(weighted[0], signs).relu_(), block.scratch()
+    parts, total = block.together(), block.scratch()
+    torch.sum(flip_(parts, signs).relu_(), dim=0, out=total)
     if normalize:
-        torch.sign(total, out=share)
-        if weight[0] != 1.0:
-            share.mul_(weight[0])
-    for part, w in zip(weighted[1:], weight[1:], strict=True):
-        total.add_(flip_(part, signs).relu_())
-        if normalize and w != 0.0:
-            share.add_(part.sign_() if w == 1.0 else part.sign_().mul_(w))
-    if normalize:
+        parts.sign_()
+        if any(w != 1.0 for w in weight):
+            parts.mul_(torch.tensor(weight, dtype=parts.dtype, device=parts.device).view(-1, *[1] * total.dim()))
+        share = torch.sum(parts, dim=0, out=block.scratch())
         total.div_(_nonzero_(share, block.scratch(), all_positive=min(weight) >= 0.0))
     return flip_(total, signs)
 
@@ -90,7 +85,7 @@ def combined(
     elect: str = "none",
     zero_sign: float = 1.0,
 ) -> Tensor:
-    """theta_0 + lambda * (sum or disjoint mean of the w_i tau_i); overwrites `trimmed`."""
+    """theta_0 + lambda * (sum or disjoint mean of the w_i tau_i); overwrites `trimmed`, the models of the block."""
     if elect == "none":
         scale = lambda_ / sum(weight) if normalize else lambda_
         merged = weighted_sum(trimmed, weight)
@@ -99,8 +94,8 @@ def combined(
         for tau, w in zip(trimmed, weight, strict=True):
             if w != 1.0:
                 tau.mul_(w)
-        signs = elected_signs(vote(block, trimmed, elect), zero_sign)
-        merged = disjoint_mean(block, trimmed, weight, signs, normalize)
+        signs = elected_signs(vote(block, elect), zero_sign)
+        merged = disjoint_mean(block, weight, signs, normalize)
     return onto_base(block, merged, scale)
 
 

@@ -103,10 +103,10 @@ def sce(block: Block, *, lambda_: float, **_: object) -> Tensor:
     """
     weight = block.statistics["weights"]
     taus = _selected(block)
-    signs = elected_signs(vote(block, taus, "mass"))
+    signs = elected_signs(vote(block, "mass"))
     for tau, w in zip(taus, weight, strict=True):
         tau.mul_(w)
-    return onto_base(block, disjoint_mean(block, taus, weight, signs, normalize=True), lambda_)
+    return onto_base(block, disjoint_mean(block, weight, signs, normalize=True), lambda_)
 
 
 def _changed(block: Block, epsilon: float) -> list[Tensor]:

@@ -43,7 +43,8 @@ def task_arithmetic(block: Block, *, weight: Sequence[float], normalize: bool, l
 
 def magnitudes(block: Block, **_: object) -> list[Tensor]:
     """|tau_i| for every model."""
-    return [tau.abs_() for tau in block.task_vectors()]
+    block.task_vectors()
+    return list(block.together().abs_())
 
 
 def ties_ranks(numel: int, *, density: Sequence[float], trim: str, **_: object) -> list[list[int | None]]:
@@ -60,8 +61,9 @@ def _ties_trimmed(block: Block) -> list[Tensor]:
 
 def sign_balance(block: Block, *, weight: Sequence[float], elect: str, **_: object) -> Tensor:
     """Number of elements that elect + less the number that elect -; zeros abstain."""
-    votes = [tau.mul_(w) for tau, w in zip(_ties_trimmed(block), weight, strict=True)]
-    return vote(block, votes, elect).sign_().sum(dtype=torch.float64)
+    for tau, w in zip(_ties_trimmed(block), weight, strict=True):
+        tau.mul_(w)
+    return vote(block, elect).sign_().sum(dtype=torch.float64)
 
 
 def ties_statistics(*, trim: str, sign_ties: str, **_: object) -> tuple[Statistic, ...]:
