@@ -19,6 +19,7 @@ from pathlib import Path
 
 from weldment.checkpoint.journal import Journal
 from weldment.cli import main
+from weldment.engine import memory
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["weldment.cli.progress", "weldment.cli.plan_table", "weldment.merging", "processes"])
@@ -66,7 +67,10 @@ class Running:
 
 
 def start(folder: Path, *arguments: object, patch: Callable[[], None] | None = None) -> Running:
-    """Run `weld` in `folder`, after `patch` if there is one."""
+    """Run `weld` in `folder`, after `patch` if there is one.
+
+    Its workers are processes, however small the merge, if there is a file `fork` in the folder.
+    """
     log = folder / f"log-{time.monotonic_ns()}"
     log.touch()
     process = _CONTEXT.Process(target=_run, args=(folder, log, [str(argument) for argument in arguments], patch))
@@ -80,6 +84,8 @@ def _run(folder: Path, log: Path, arguments: list[str], patch: Callable[[], None
     os.chdir(folder)
     with log.open("w") as stream:
         sys.stdout = sys.stderr = stream
+        if (folder / "fork").exists():
+            memory.FORK_ELEMENTS = 0
         if patch is not None:
             patch()
         main(arguments)

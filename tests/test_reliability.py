@@ -17,6 +17,7 @@ from folders import mounted, tree, weld, write_model
 from processes import Running, die, hold, start
 from weldment.checkpoint.headers import read_header
 from weldment.checkpoint.staging import Staging
+from weldment.engine.pools import can_fork
 
 MODELS = ("base", "a", "b")
 KILLS = 8
@@ -45,10 +46,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(params=["threads", "processes"])
+def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """A working folder with the recipe and links to the models."""
     monkeypatch.chdir(tmp_path)
+    if request.param == "processes":
+        if not can_fork():
+            pytest.skip("workers are processes on Linux only")
+        (tmp_path / "fork").touch()
     shutil.copy(source / "r.yml", tmp_path)
     for name in MODELS:
         (tmp_path / name).symlink_to(source / name)

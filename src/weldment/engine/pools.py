@@ -57,13 +57,15 @@ class _Processes:
 def can_fork() -> bool:
     """Whether workers can be processes.
 
-    Elsewhere than on Linux a forked process may not use system libraries, and some containers have
-    no shared memory to synchronise processes with.
+    Elsewhere than on Linux a forked process may not use system libraries, some containers have no
+    shared memory to synchronise processes with, and daemonic processes may not have any.
     """
     if sys.platform != "linux":
         return False
     import multiprocessing
 
+    if multiprocessing.current_process().daemon:
+        return False
     try:
         multiprocessing.get_context("fork").Lock()
     except (ImportError, OSError):
