@@ -18,6 +18,9 @@ from weldment.planning.plan import Plan, TensorJob
 PROCESS_BYTES = 280_000_000
 """What Python, torch and the plan take before the first block (measured; see benchmarks/README.md)."""
 
+WORKER_BYTES = 40_000_000
+"""What a worker process takes besides its blocks: pages of the first process that it changed."""
+
 FORK_ELEMENTS = 1 << 26
 """Merges of as many elements are worth starting processes for."""
 
@@ -53,7 +56,7 @@ def peak_bytes(plan: Plan, threads: int, block: int = BLOCK) -> int:
     plans = (*plan.stages, plan)
     working = max((job_bytes(job, block, p.recipe.accumulate) for p in plans for job in p.jobs), default=0)
     records = 6000 * sum(len(p.jobs) + len(p.ledger) for p in plans)
-    return PROCESS_BYTES + threads * working + records
+    return PROCESS_BYTES + threads * working + (threads - 1) * WORKER_BYTES + records
 
 
 def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) -> tuple[Machine, int]:

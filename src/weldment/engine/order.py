@@ -26,6 +26,7 @@ SMALL = 1 << 18
 """Up to so many elements a series is sorted as a whole."""
 
 _PIECE = 4096
+_MANY = 4096
 _MARGIN = 5.0
 
 W = TypeVar("W")
@@ -154,7 +155,7 @@ def _count_span(
             count, kept = _split(series[search.series], search.low, search.high, workspace)
             below[number] += count
             inside[number].append(kept)
-    return [(count, _compact(np.concatenate(kept), span)) for count, kept in zip(below, inside, strict=True)]
+    return [(count, _compact(np.concatenate(kept))) for count, kept in zip(below, inside, strict=True)]
 
 
 def _split(numbers: Tensor, low: float, high: float, workspace: Workspace) -> tuple[int, np.ndarray]:
@@ -175,9 +176,9 @@ def _split(numbers: Tensor, low: float, high: float, workspace: Workspace) -> tu
     return int(np.count_nonzero(below)), kept
 
 
-def _compact(numbers: np.ndarray, span: tuple[int, int]) -> Inside:
-    """Numbers that repeat a lot are kept once, with their counts."""
-    if numbers.size > (span[1] - span[0]) // 8:
+def _compact(numbers: np.ndarray) -> Inside:
+    """Numbers that repeat a lot, as differences of bfloat16 do, are kept once, with their counts."""
+    if numbers.size > _MANY:
         distinct, counts = np.unique(numbers, return_counts=True)
         if distinct.size < numbers.size // 2:
             return distinct, counts
