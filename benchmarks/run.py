@@ -131,6 +131,15 @@ def peer_python() -> Path:
     return python
 
 
+def checkpoints(shape: str, experts: int) -> Path:
+    """The folder of the checkpoints, made if it is not there."""
+    folder = WORK / shape
+    if not (folder / f"expert-{experts - 1}" / "config.json").exists():
+        make = [sys.executable, str(HERE / "make_checkpoints.py"), str(folder), "--shape", shape]
+        subprocess.run([*make, "--experts", str(experts)], check=True)
+    return folder
+
+
 def one_method(method: str, folder: Path, options: argparse.Namespace, peer: Path | None) -> dict[str, object]:
     """The figures of one method."""
     file = WORK / f"{method}.yml"
@@ -195,10 +204,7 @@ def main() -> None:
     parser.add_argument("--sync", action="store_true", help="the floor, too, forces its output to the disk")
     parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each run")
     options = parser.parse_args()
-    folder = WORK / options.shape
-    if not (folder / f"expert-{options.experts - 1}" / "config.json").exists():
-        make = [sys.executable, str(HERE / "make_checkpoints.py"), str(folder), "--shape", options.shape]
-        subprocess.run([*make, "--experts", str(options.experts)], check=True)
+    folder = checkpoints(options.shape, options.experts)
     peer = peer_python() if options.peer_runs else None
     machine = platform.processor() or platform.machine()
     conditions = (

@@ -37,6 +37,11 @@ class Copy:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def inputs(self) -> Sequence[Source]:
+        """The models it is in."""
+        return self.sources
+
 
 def copy_stages(place: int, copy: Copy, finished: Callable[[Outcome], None]) -> Stages:
     """One pass over the tensor; `finished` gets the outcome."""
@@ -50,6 +55,7 @@ def _copy_span(place: int, span: tuple[int, int], worker: Worker) -> Part:
     checksum = Checksum(copy.numel, copy.dtype).part(*span)
     with closing(copy.output.span(span[0], worker)) as output:
         for cut in Grid(copy.shape, "element").blocks(span):
+            worker.look_ahead(place, cut)
             first = copy.sources[0].raw(cut.start, cut.view, worker, "first")
             for other in copy.sources[1:]:
                 _check_same(copy, first, other.raw(cut.start, cut.view, worker))

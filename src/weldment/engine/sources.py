@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from weldment.checkpoint.dtypes import ITEM_BYTES, torch_dtype
+from weldment.engine.readahead import ask_for
 from weldment.engine.workspace import Workspace
 from weldment.errors import CheckpointError, MergeError
 
@@ -32,6 +33,10 @@ class Source(Protocol):
         """
         ...
 
+    def ask_for(self, start: int, stop: int) -> None:
+        """These elements will be read soon."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileSource:
@@ -48,6 +53,11 @@ class FileSource:
         data, numbers = workspace.landing(name, shape, torch_dtype(self.dtype))
         self.fill(start, data)
         return numbers
+
+    def ask_for(self, start: int, stop: int) -> None:
+        """Let the system read them meanwhile."""
+        size = ITEM_BYTES[self.dtype]
+        ask_for(self.descriptor, self.offset + start * size, self.offset + stop * size)
 
     def fill(self, start: int, data: memoryview) -> None:
         """Read elements into `data` until it is full."""
@@ -84,6 +94,9 @@ class MemorySource:
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Copy and convert."""
         out.copy_(self.values[start : start + out.numel()].view(out.shape))
+
+    def ask_for(self, start: int, stop: int) -> None:
+        """They are in memory."""
 
 
 def read_all(sources: Sequence[Source], start: int, out: Tensor, workspace: Workspace) -> None:

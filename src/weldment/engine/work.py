@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+AHEAD = 1 << 23
+"""Elements of each model that are asked for before they are read."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A finished span of a tensor.
@@ -72,6 +76,11 @@ class Work:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def inputs(self) -> list[Source]:
+        """The models and the base."""
+        return [*self.sources, *([] if self.base is None else [self.base])]
+
     def load(self, cut: Range, statistics: Mapping[str, Any], workspace: Workspace) -> Block:
         """Read the same elements of every model."""
         stack, models = workspace.stack(len(self.sources), cut.view)
@@ -103,6 +112,23 @@ class Worker(Workspace):
     def __init__(self, device: torch.device, dtype: torch.dtype, works: Sequence[Any]) -> None:
         super().__init__(device, dtype)
         self.works = works
+
+    def load(self, place: int, cut: Range, statistics: Mapping[str, Any]) -> Block:
+        """The elements of every model of one work; those that lie a little further on are asked for."""
+        self.look_ahead(place, cut)
+        return self.works[place].load(cut, statistics, self)
+
+    def look_ahead(self, place: int, cut: Range) -> None:
+        """Ask for as many elements as `cut` has, `AHEAD` elements after it in the order of the works."""
+        start, stop = cut.start + AHEAD, cut.stop + AHEAD
+        while start < stop and place < len(self.works):
+            work = self.works[place]
+            if start < work.numel:
+                end = min(stop, work.numel)
+                for source in work.inputs:
+                    source.ask_for(start, end)
+                start = end
+            start, stop, place = start - work.numel, stop - work.numel, place + 1
 
 
 Works = Mapping[int, Work]
@@ -160,7 +186,7 @@ def _total_span(place: int, span: tuple[int, int], name: str, known: Mapping[str
     statistic = _statistic(work, name)
     partials: list[Tensor] = []
     for cut in work.grid.blocks(span):
-        block = work.load(cut, known, worker)
+        block = worker.load(place, cut, known)
         pieces = chunks(cut.numel) if work.grid.unit == "element" else [(0, cut.numel)]
         for start, stop in pieces:
             piece = block if len(pieces) == 1 else _piece(block, start, stop)
@@ -198,7 +224,7 @@ def _series(
 ) -> list[Tensor]:
     """The wanted series of an order statistic in a range of a tensor."""
     work = worker.works[place]
-    found = _statistic(work, name).of(work.load(cut, known, worker), **work.parameters)
+    found = _statistic(work, name).of(worker.load(place, cut, known), **work.parameters)
     return [found[n].reshape(-1) for n in wanted]
 
 
@@ -209,7 +235,7 @@ def _merge_span(place: int, span: tuple[int, int], statistics: Mapping[str, Any]
     checksum = Checksum(work.numel, work.dtype).part(*span)
     with closing(work.output.span(span[0], worker)) as output:
         for cut in work.grid.blocks(span):
-            merged = work.method.kernel(work.load(cut, statistics, worker), **work.parameters).reshape(-1)
+            merged = work.method.kernel(worker.load(place, cut, statistics), **work.parameters).reshape(-1)
             for start in range(0, cut.numel, BLOCK):
                 nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum)
     return Part(place, span[1] - span[0], nonfinite, checksum)
