@@ -156,3 +156,18 @@ def test_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(memory, "FORK_ELEMENTS", 0)
     merge(recipe, "processes", threads=3)
     assert tree(Path("processes")) == tree(Path("threads"))
+
+
+@needs_fork
+def test_processes_after_torch_has_used_threads_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread pool does not live on in a forked process; a worker that needed it would hang."""
+    torch.randn(700, 700) @ torch.randn(700, 700)
+    torch.ones(1 << 22).add_(1.0)
+    for seed, model in enumerate(("a", "b")):
+        write_model(tmp_path / model, seed, layers=2, vocabulary=3000, hidden=256)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "FORK_ELEMENTS", 0)
+    before = torch.get_num_threads()
+    merge({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}, "out", threads=2)
+    assert torch.get_num_threads() == before
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -108,7 +108,7 @@ def merge(
         recipe: a YAML file, or its content as a mapping (or several, for staged merges).
         overrides: `key.path=value` changes to the recipe.
         device: "cpu", "cuda", "mps" or "auto".
-        threads: worker threads; all processors by default.
+        threads: workers; all processors by default.
         max_memory: bytes that the merge may use, or None.
         seed: replaces the recipe's seed.
         shard_size: largest output file in bytes.

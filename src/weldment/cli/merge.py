@@ -23,7 +23,9 @@ ShardOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest size of 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
-ThreadsOption = Annotated[int | None, typer.Option(help="Worker threads.", show_default="all processors")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Workers, each on one processor.", show_default="all processors")
+]
 MemoryOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, such as 2GB.", show_default=False)
 ]

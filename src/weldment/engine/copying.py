@@ -16,7 +16,7 @@ from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.outputs import Output
 from weldment.engine.scheduler import Stages
 from weldment.engine.sources import Source
-from weldment.engine.work import Part, Worker, emit, joined
+from weldment.engine.work import Part, Worker, commit, joined
 from weldment.errors import PlanError
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def _copy_span(place: int, span: tuple[int, int], worker: Worker) -> Part:
             first = copy.sources[0].raw(cut.start, cut.view, worker, "first")
             for other in copy.sources[1:]:
                 _check_same(copy, first, other.raw(cut.start, cut.view, worker))
-            nonfinite += emit(first, cut.start, output, checksum)
+            room = output.room(cut.numel)
+            room.copy_(first)
+            nonfinite += commit(room, cut.start, output, checksum)
     return Part(place, span[1] - span[0], nonfinite, checksum)
 
 

@@ -18,6 +18,9 @@ from weldment.planning.plan import Plan, TensorJob
 PROCESS_BYTES = 280_000_000
 """What Python, torch and the plan take before the first block (measured; see benchmarks/README.md)."""
 
+DEVICE_BLOCK = 1 << 22
+"""Elements of a block on a device other than the processor: enough to hide the start of its operations."""
+
 WORKER_BYTES = 40_000_000
 """What a worker process takes besides its blocks: pages of the first process that it changed."""
 
@@ -74,9 +77,9 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
         _refuse_float64(plan)
     wanted = threads or default_threads()
     if max_memory is None:
-        return _machine(plan, chosen, wanted), BLOCK
+        return _machine(plan, chosen, wanted), _block_sizes(chosen)[0]
     for count in range(wanted, 0, -1):
-        for block in _block_sizes():
+        for block in _block_sizes(chosen):
             if peak_bytes(plan, count, block) <= max_memory:
                 return _machine(plan, chosen, count), block
     least = peak_bytes(plan, 1, CHUNK)
@@ -99,8 +102,8 @@ def _refuse_float64(plan: Plan) -> None:
             raise UserError(f"{job.method} needs float64, which mps devices lack", fix="Use --device cpu")
 
 
-def _block_sizes() -> list[int]:
-    sizes = [BLOCK]
+def _block_sizes(device: str) -> list[int]:
+    sizes = [BLOCK if device == "cpu" else DEVICE_BLOCK]
     while sizes[-1] > CHUNK:
         sizes.append(sizes[-1] // 2)
     return sizes

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives events from worker threads; implementations must be quick and thread-safe."""
+    """Receives events in the thread that called `merge`; implementations must be quick."""
 
     def begin(self, total_bytes: int, done_bytes: int) -> None:
         """The bytes to read in all, and those that an earlier run already dealt with."""

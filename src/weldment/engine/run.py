@@ -13,6 +13,7 @@ import torch
 
 from weldment.engine.checksum import Outcome
 from weldment.engine.copying import Copy, copy_stages
+from weldment.engine.lanes import lane_for
 from weldment.engine.pools import process_pool, thread_pool
 from weldment.engine.scheduler import Scheduler, Stages
 from weldment.engine.work import Part, Work, Worker, Works, statistic_stages, tensor_stages
@@ -87,7 +88,8 @@ def run_works(
 def _worker(machine: Machine, works: Sequence[Work | Copy]) -> Worker:
     """A worker's buffers; the workers are the parallelism, so torch gets one thread in each."""
     torch.set_num_threads(1)
-    return Worker(torch.device(machine.device), getattr(torch, machine.accumulate), works)
+    device = torch.device(machine.device)
+    return Worker(device, getattr(torch, machine.accumulate), works, lane_for(device))
 
 
 def _stages(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weldment.checkpoint.dtypes import ITEM_BYTES, torch_dtype
 from weldment.engine.readahead import ask_for
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Fill `out` (contiguous, accumulation dtype) with the elements from `start` on."""
         ...
 
-    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: Any = "read") -> Tensor:
         """The elements from `start` on in their own dtype, in main memory.
 
         Args:
@@ -48,7 +48,7 @@ class FileSource:
     dtype: str
     offset: int
 
-    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: Any = "read") -> Tensor:
         """Read the elements into a buffer."""
         data, numbers = workspace.landing(name, shape, torch_dtype(self.dtype))
         self.fill(start, data)
@@ -78,7 +78,8 @@ class FileSource:
 
     def read(self, start: int, out: Tensor, workspace: Workspace) -> None:
         """Read and convert."""
-        out.copy_(self.raw(start, tuple(out.shape), workspace))
+        name = workspace.turn("one")
+        workspace.upload(name, self.raw(start, tuple(out.shape), workspace, name), out)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class MemorySource:
 
     values: Tensor
 
-    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: str = "read") -> Tensor:
+    def raw(self, start: int, shape: tuple[int, ...], workspace: Workspace, name: Any = "read") -> Tensor:
         """A view of the elements."""
         return self.values[start : start + math.prod(shape)].view(shape).cpu()
 
@@ -106,8 +107,9 @@ def read_all(sources: Sequence[Source], start: int, out: Tensor, workspace: Work
         for source, row in zip(sources, out, strict=True):
             source.read(start, row, workspace)
         return
-    data, numbers = workspace.landing("read", tuple(out.shape), torch_dtype(files[0].dtype))
+    name = workspace.turn("all")
+    data, numbers = workspace.landing(name, tuple(out.shape), torch_dtype(files[0].dtype))
     size = len(data) // len(files)
     for index, file in enumerate(files):
         file.fill(start, data[index * size : (index + 1) * size])
-    out.copy_(numbers)
+    workspace.upload(name, numbers, out)

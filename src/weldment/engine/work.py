@@ -14,6 +14,7 @@ import torch
 
 from weldment.engine.blocks import BLOCK, Grid, Range, chunks
 from weldment.engine.checksum import Checksum, Outcome
+from weldment.engine.lanes import Lane
 from weldment.engine.order import select
 from weldment.engine.outputs import Output, Span
 from weldment.engine.scheduler import Stages
@@ -107,10 +108,13 @@ class Worker(Workspace):
     Args:
         device: where the arithmetic runs.
         dtype: accumulation dtype.
+        lane: copies to and from the device.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, works: Sequence[Any]) -> None:
-        super().__init__(device, dtype)
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, works: Sequence[Any], lane: Lane | None = None
+    ) -> None:
+        super().__init__(device, dtype, lane)
         self.works = works
 
     def load(self, place: int, cut: Range, statistics: Mapping[str, Any]) -> Block:
@@ -237,18 +241,23 @@ def _merge_span(place: int, span: tuple[int, int], statistics: Mapping[str, Any]
         for cut in work.grid.blocks(span):
             merged = work.method.kernel(worker.load(place, cut, statistics), **work.parameters).reshape(-1)
             for start in range(0, cut.numel, BLOCK):
-                nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum)
+                nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum, worker)
     return Part(place, span[1] - span[0], nonfinite, checksum)
 
 
-def emit(merged: Tensor, start: int, output: Span, checksum: Checksum) -> int:
+def emit(merged: Tensor, start: int, output: Span, checksum: Checksum, workspace: Workspace) -> int:
     """Round elements and send them to the output; the number of them that are not finite.
 
     Args:
         start: index of the first element in the flattened tensor.
     """
     room = output.room(merged.numel())
-    room.copy_(merged)
+    workspace.download(merged, room)
+    return commit(room, start, output, checksum)
+
+
+def commit(room: Tensor, start: int, output: Span, checksum: Checksum) -> int:
+    """Check and send the elements in `room`, the first of which has the index `start`; how many are not finite."""
     nonfinite = count_nonfinite(room)
     checksum.add(start, room)
     output.send()

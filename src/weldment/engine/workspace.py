@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from weldment.checkpoint.output_files import PAGE
+from weldment.engine.lanes import Lane, Mark
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +34,16 @@ class Workspace:
     Args:
         device: where the arithmetic runs.
         dtype: accumulation dtype, float32 or float64.
+        lane: copies to and from the device.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, lane: Lane | None = None) -> None:
         self.device = device
         self.dtype = dtype
         self.outbox = Outbox()
+        self._lane = lane
+        self._sent: dict[Any, Mark] = {}
+        self._turn = 0
         self._buffers: dict[Any, Tensor] = {}
         self._views: dict[Any, Any] = {}  # making one takes as long as adding thousands of numbers
 
@@ -61,8 +66,15 @@ class Workspace:
             self._views[key] = found
         return found
 
+    def turn(self, name: str) -> Any:
+        """A name that alternates with another where copies go on while the next block is read."""
+        self._turn ^= self._lane is not None
+        return name, self._turn
+
     def landing(self, name: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Landing:
         """Numbers of any dtype in main memory, with their bytes, to read a file into."""
+        if (mark := self._sent.pop(name, None)) is not None:
+            mark.wait()
         key = (name, shape, dtype)
         found = self._views.get(key)
         if found is None:
@@ -70,6 +82,25 @@ class Workspace:
             found = Landing(buffer.numpy().data, buffer.view(dtype).view(shape))
             self._views[key] = found
         return found
+
+    def upload(self, name: Any, numbers: Tensor, out: Tensor) -> None:
+        """Convert what has landed under `name` to the accumulation dtype, on the device."""
+        if self._lane is not None:
+            raw = self._buffer(("raw", numbers.dtype), numbers.numel(), numbers.dtype, self.device).view(numbers.shape)
+            self._lane.send(numbers, raw)
+            self._sent[name] = self._lane.mark()
+            numbers = raw
+        out.copy_(numbers)
+
+    def download(self, merged: Tensor, room: Tensor) -> None:
+        """Round to the dtype of `room`, in main memory."""
+        if self._lane is not None:
+            rounded = self._buffer(("rounded", room.dtype), room.numel(), room.dtype, self.device)
+            rounded.copy_(merged)
+            merged = self.staging("fetched", room.numel() * room.dtype.itemsize).view(room.dtype)
+            self._lane.fetch(rounded, merged)
+            self._lane.mark().wait()
+        room.copy_(merged)
 
     def staging(self, name: Any, nbytes: int) -> Tensor:
         """`nbytes` bytes in main memory, pinned where that speeds copies to the device."""
