@@ -4,7 +4,7 @@
 
 Makes the checkpoints if they are not there, then for each method runs weldment, the floor and
 mergekit in turn, and prints and saves a table. Every figure is a median over runs; peak memory is
-the largest resident set of the process. mergekit is installed in an environment of its own
+that of the process and its workers together. mergekit is installed in an environment of its own
 (benchmarks/work/mergekit) unless --peer-runs is 0.
 """
 
@@ -18,8 +18,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,21 +73,46 @@ def inputs(method: str, folder: Path, experts: int) -> list[Path]:
     return models if method == "linear" else [*models, folder / "base"]
 
 
+def family(process: int) -> Iterator[int]:
+    """A process and those it started."""
+    yield process
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in task.read_text().split():
+            yield from family(int(child))
+
+
+def proportional_bytes(process: int) -> int:
+    """Resident memory of a process and those it started; a page that n of them share counts for 1/n."""
+    total = 0
+    with suppress(OSError):  # some end while we look
+        for each in family(process):
+            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
 def measured(command: Sequence[str]) -> Run:
-    """Run a command as a process of its own."""
+    """Run a command as a process of its own; its memory and that of its workers is looked at every 0.2 s."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+        peak = turn = ended = status = 0
+        while not ended:
+            if turn % 10 == 0:
+                peak = max(peak, proportional_bytes(process.pid))
+            time.sleep(0.02)
+            turn += 1
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        wall = time.perf_counter() - started
+        output.seek(0)
+        text = output.read()
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"failed: {' '.join(command)}")
     try:
-        inner = float(json.loads(output)["seconds"])
+        inner = float(json.loads(text)["seconds"])
     except (ValueError, KeyError, TypeError):
         inner = wall
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, inner)
+    return Run(wall, usage.ru_utime + usage.ru_stime, peak, inner)
 
 
 def prepare(models: Sequence[Path], out: Path, *, cold: bool) -> None:
