@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from floor import floor
+from resident import proportional_bytes
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
@@ -71,24 +71,6 @@ def inputs(method: str, folder: Path, experts: int) -> list[Path]:
         return [folder / "expert-0", folder / "expert-1"]
     models = [folder / f"expert-{number}" for number in range(experts)]
     return models if method == "linear" else [*models, folder / "base"]
-
-
-def family(process: int) -> Iterator[int]:
-    """A process and those it started."""
-    yield process
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield from family(int(child))
-
-
-def proportional_bytes(process: int) -> int:
-    """Resident memory of a process and those it started; a page that n of them share counts for 1/n."""
-    total = 0
-    with suppress(OSError):  # some end while we look
-        for each in family(process):
-            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
 
 
 def measured(command: Sequence[str]) -> Run:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from folders import weld, write_model
+from resident import proportional_bytes
 from weldment.engine.pools import can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="memory is read from /proc")
@@ -35,33 +35,13 @@ main(sys.argv[1:])
 """
 
 
-def family(process: int) -> Iterator[int]:
-    """A process and those it started."""
-    yield process
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield from family(int(child))
-
-
-def proportional_bytes(process: int) -> int:
-    """Resident memory; a page that n processes share counts for 1/n."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    except OSError:  # it has just ended
-        return 0
-
-
 def peak(folder: Path, *options: str) -> int:
     """The most memory a merge takes."""
     command = [sys.executable, "-c", MERGE, "merge", "r.yml", "out", "--overwrite", "--threads", "4", *options]
     merge = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     most = 0
     while merge.poll() is None:
-        try:
-            most = max(most, sum(proportional_bytes(each) for each in family(merge.pid)))
-        except OSError:
-            continue
+        most = max(most, proportional_bytes(merge.pid))
         time.sleep(0.04)
     assert merge.returncode == 0
     return most

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ _BAR = 12
 
 
 class Meter:
-    """How far a merge is: counts bytes from many threads."""
+    """How far a merge is, in bytes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
         self.begin(0, 0)
 
     def begin(self, total: int, done: int) -> None:
@@ -37,9 +35,8 @@ class Meter:
 
     def add(self, tensor: str, nbytes: int) -> None:
         """So many more were read."""
-        with self._lock:
-            self.done += nbytes
-            self.tensor = tensor
+        self.done += nbytes
+        self.tensor = tensor
 
     @property
     def share(self) -> float:

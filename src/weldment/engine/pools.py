@@ -94,9 +94,13 @@ def process_pool(size: int, worker: Callable[[], Any]) -> Iterator[Pool]:
         with warnings.catch_warnings():
             # Threads of the caller do not live on in the workers, and these do not need them.
             warnings.simplefilter("ignore", DeprecationWarning)
+            frozen = gc.get_freeze_count()
             gc.freeze()  # a collection in a worker would copy every page it looks at
-            executor.submit(_nothing).result()
-            gc.unfreeze()
+            try:
+                executor.submit(_nothing).result()
+            finally:
+                if not frozen:  # what the caller has frozen stays so
+                    gc.unfreeze()
         yield _Processes(executor, size)
 
 

@@ -95,6 +95,11 @@ class Scheduler:
                 while self._submit(waiting):
                     for future in wait(self._running, return_when=FIRST_COMPLETED).done:
                         self._finish(future)
+            except BrokenExecutor as error:  # noticed by a result, or by the next task that is submitted
+                raise MergeError(
+                    "a worker process was killed, perhaps because memory ran out",
+                    fix="Run the same command again with fewer --threads or a --max-memory; it will go on from here",
+                ) from error
             finally:
                 self._drain()
         if self._stopped:
@@ -118,14 +123,7 @@ class Scheduler:
 
     def _finish(self, future: Future[Any]) -> None:
         stage, index = self._running.pop(future)
-        try:
-            result = self._pool.result(future)
-        except BrokenExecutor as error:
-            raise MergeError(
-                "a worker process was killed, perhaps because memory ran out",
-                fix="Run the same command again with fewer --threads or a --max-memory; it will go on from here",
-            ) from error
-        stage.results[index] = result
+        stage.results[index] = result = self._pool.result(future)
         self._done(result)
         stage.left -= 1
         if stage.left == 0:
