@@ -27,7 +27,7 @@ SMALL = 1 << 18
 
 _PIECE = 4096
 _MANY = 4096
-_MARGIN = 5.0
+_MARGIN = 4.0
 
 W = TypeVar("W")
 Values = Callable[[W, Range, Any], "list[Tensor]"]
@@ -85,8 +85,9 @@ def select(items: Sequence[tuple[W, Grid]], values: Values[W], ranks: Sequence[S
     while pending := [search for search in searches if search.found is None]:
         for search in pending:
             search.narrow(total)
+        bounds = [(search.series, search.low, search.high) for search in pending]
         tasks = [
-            partial(_count_span, item, grid, span, values, pending) for item, grid in items for span in grid.spans()
+            partial(_count_span, item, grid, span, values, bounds) for item, grid in items for span in grid.spans()
         ]
         parts = yield tasks
         for number, search in enumerate(pending):
@@ -143,16 +144,16 @@ def _count_span(
     grid: Grid,
     span: tuple[int, int],
     values: Values[W],
-    searches: Sequence[_Search],
+    bounds: Sequence[tuple[int, float, float]],
     workspace: Workspace,
 ) -> list[tuple[int, Inside]]:
-    """For each search: how many numbers of the span lie below its interval, and those inside."""
-    below = [0] * len(searches)
-    inside: list[list[np.ndarray]] = [[] for _ in searches]
+    """For each series with an interval: how many numbers of the span lie below it, and those inside."""
+    below = [0] * len(bounds)
+    inside: list[list[np.ndarray]] = [[] for _ in bounds]
     for cut in grid.blocks(span):
         series = values(item, cut, workspace)
-        for number, search in enumerate(searches):
-            count, kept = _split(series[search.series], search.low, search.high, workspace)
+        for number, (place, low, high) in enumerate(bounds):
+            count, kept = _split(series[place], low, high, workspace)
             below[number] += count
             inside[number].append(kept)
     return [(count, _compact(np.concatenate(kept))) for count, kept in zip(below, inside, strict=True)]
@@ -165,15 +166,22 @@ def _split(numbers: Tensor, low: float, high: float, workspace: Workspace) -> tu
         return count, torch.masked_select(numbers, (numbers >= low) & (numbers <= high)).cpu().numpy()
     array = numbers.numpy()
     number = array.dtype.type
-    below, inside = (workspace.staging(name, array.size).numpy().view(np.bool_) for name in ("below", "inside"))
+    below, until = (workspace.staging(name, array.size).numpy().view(np.bool_) for name in ("below", "until"))
     np.less(array, number(low), out=below)
-    np.not_equal(np.less_equal(array, number(high), out=inside), below, out=inside)
-    if array.size % 8:
-        kept = array[inside]
-    else:  # few are inside: find the eights that have some first
-        eights = np.flatnonzero(inside.view(np.uint64) != 0)
-        kept = array.reshape(-1, 8)[eights][inside.reshape(-1, 8)[eights]]
-    return int(np.count_nonzero(below)), kept
+    np.less_equal(array, number(high), out=until)
+    return int(np.count_nonzero(below)), array.take(_differences(below, until))
+
+
+def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where two flags differ."""
+    if one.size % 8:
+        return np.flatnonzero(one != other)
+    ones, others = one.view(np.uint64), other.view(np.uint64)
+    eights = np.flatnonzero(ones != others)
+    if 2 * eights.size > ones.size:
+        return np.flatnonzero((ones ^ others).view(np.bool_))
+    places = np.flatnonzero((ones.take(eights) ^ others.take(eights)).view(np.bool_))
+    return (eights << 3).take(places >> 3) + (places & 7)
 
 
 def _compact(numbers: np.ndarray) -> Inside:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 AHEAD = 1 << 23
 """Elements of each model that are asked for before they are read."""
+
+STRIDE = 1 << 20
+"""So many at a time: looking whether they are there costs as much as reading thousands."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Work:
     def grid(self) -> Grid:
         return Grid(self.shape, self.method.unit_for(self.parameters), self.block)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -123,8 +126,11 @@ class Worker(Workspace):
         return self.works[place].load(cut, statistics, self)
 
     def look_ahead(self, place: int, cut: Range) -> None:
-        """Ask for as many elements as `cut` has, `AHEAD` elements after it in the order of the works."""
-        start, stop = cut.start + AHEAD, cut.stop + AHEAD
+        """Where a stride of the tensor begins in `cut`, ask for the elements that lie `AHEAD` after it in the works."""
+        first = -(-cut.start // STRIDE) * STRIDE
+        if first >= cut.stop:
+            return
+        start, stop = first + AHEAD, min(first + STRIDE, self.works[place].numel) + AHEAD
         while start < stop and place < len(self.works):
             work = self.works[place]
             if start < work.numel:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weldment.methods.average import weighted_sum
+from weldment.methods.average import sum_into, weighted_sum
 from weldment.methods.block import Block
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def vote(block: Block, elect: str) -> Tensor:
     """The sum over the models (`mass`), or of their signs (`count`), whose sign is elected."""
     total = block.scratch()
     if elect == "mass":
-        return torch.sum(block.together(), dim=0, out=total)
+        return sum_into(total, block.models)
     sign = block.scratch()
     torch.sign(block.models[0], out=total)
     for part in block.models[1:]:
@@ -51,12 +51,13 @@ def disjoint_mean(block: Block, weight: Sequence[float], signs: Tensor, normaliz
     The models of the block are the w_i tau_i and are overwritten. Elements on which no model agrees are 0.
     """
     parts, total = block.together(), block.scratch()
-    torch.sum(flip_(parts, signs).relu_(), dim=0, out=total)
+    flip_(parts, signs).relu_()
+    sum_into(total, block.models)
     if normalize:
         parts.sign_()
         if any(w != 1.0 for w in weight):
             parts.mul_(torch.tensor(weight, dtype=parts.dtype, device=parts.device).view(-1, *[1] * total.dim()))
-        share = torch.sum(parts, dim=0, out=block.scratch())
+        share = sum_into(block.scratch(), block.models)
         total.div_(_nonzero_(share, block.scratch(), all_positive=min(weight) >= 0.0))
     return flip_(total, signs)
 

@@ -13,6 +13,7 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from weldment.methods.block import CHUNK
@@ -63,10 +64,27 @@ def _places(device: torch.device) -> Tensor:
 def _chunk_bits(key: int, chunk: int, out: Tensor, work: Tensor) -> Tensor:
     """The hashes of one chunk, in `out` (int32, CHUNK / 2 long)."""
     digest = hashlib.blake2b(struct.pack("<QQ", key, chunk), digest_size=8).digest()
-    first, second = struct.unpack("<ii", digest)
-    torch.add(_places(out.device), first, out=out)
+    first, second = struct.unpack("<II", digest)
+    if out.device.type == "cpu":
+        _mix(_places(out.device).numpy().view("u4"), first, second, out.numpy().view("u4"), work.numpy().view("u4"))
+        return out
+    torch.add(_places(out.device), _signed(first), out=out)
     _shift_xor_(out.mul_(_FIRST), 15, work)
-    return _shift_xor_(out.add_(second).mul_(_SECOND), 16, work)
+    return _shift_xor_(out.add_(_signed(second)).mul_(_SECOND), 16, work)
+
+
+def _mix(places: np.ndarray, first: int, second: int, out: np.ndarray, work: np.ndarray) -> None:
+    """What `_chunk_bits` does on devices, with numpy, which is twice as fast on a processor."""
+    np.add(places, np.uint32(first), out=out)
+    np.multiply(out, np.uint32(_FIRST), out=out)
+    np.bitwise_xor(out, np.right_shift(out, np.uint32(15), out=work), out=out)
+    np.add(out, np.uint32(second), out=out)
+    np.multiply(out, np.uint32(_SECOND), out=out)
+    np.bitwise_xor(out, np.right_shift(out, np.uint32(16), out=work), out=out)
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 31 << 32)
 
 
 def random_levels(key: int, start: int, out: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 They decide from the task vectors themselves which changes to keep, and how strongly. Decisions
 that square or exponentiate are made in float64, so that changes of 1e-30 or 1e30 neither vanish
-nor overflow; what leaves for the order statistics is brought back to the range of the data by
-square roots, which every device rounds alike.
+nor overflow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,22 +27,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def spread(block: Block, **_: object) -> list[Tensor]:
-    """One series: the standard deviation of the task vectors over the models.
+_FEW = 5
+"""Up to so many models, their differences take fewer operations than their distances from the mean."""
 
-    Calculated in float64 and rounded to float32, so that deviations that are equal but for the
-    order of the models stay equal.
+_ROUND = -1 << 24
+"""Clears the lowest bits of a float64, read as an integer; 29 significant bits stay."""
+
+
+def spread(block: Block, **_: object) -> list[Tensor]:
+    """One series: the variance of the task vectors over the models, but for a constant factor, in float64.
+
+    Few models: sum_{i<j} (tau_i - tau_j)^2; many: sum_i (tau_i - mean)^2. Rounded, so that
+    variances that are equal but for the order of the models stay equal.
     """
     taus = block.task_vectors()
-    mean, wide, total = (block.scratch(torch.float64) for _ in range(3))
-    mean.copy_(taus[0])
-    for tau in taus[1:]:
-        mean.add_(wide.copy_(tau))
-    mean.div_(len(taus))
-    total.copy_(taus[0]).sub_(mean).square_()
-    for tau in taus[1:]:
-        total.add_(wide.copy_(tau).sub_(mean).square_())
-    return [block.scratch().copy_(total.div_(len(taus)).sqrt_())]
+    total, wide = block.scratch(torch.float64).zero_(), block.scratch(torch.float64)
+    if len(taus) <= _FEW:
+        difference = block.scratch()
+        for one, other in combinations(taus, 2):
+            wide.copy_(torch.sub(one, other, out=difference))
+            total.addcmul_(wide, wide)
+    else:
+        mean = block.scratch(torch.float64).zero_()
+        for tau in taus:
+            mean.add_(wide.copy_(tau))
+        mean.div_(len(taus))
+        for tau in taus:
+            wide.copy_(tau).sub_(mean)
+            total.addcmul_(wide, wide)
+    total.view(torch.int64).bitwise_and_(_ROUND)
+    return [total]
 
 
 def varying_count(block: Block, **_: object) -> Tensor:
@@ -67,7 +81,7 @@ def _selected(block: Block) -> list[Tensor]:
     threshold = block.statistics["threshold"][0][0] if "threshold" in block.statistics else None
     if threshold is None or threshold <= 0.0:
         return block.task_vectors()
-    keep = keep_above(spread(block)[0], threshold).sign_()
+    keep = block.scratch().copy_(keep_above(spread(block)[0], threshold).sign_())
     return [tau.mul_(keep) for tau in block.models]
 
 
