@@ -164,7 +164,9 @@ def one_method(method: str, folder: Path, options: argparse.Namespace, peer: Pat
         prepare(models, out, cold=options.cold)
         ours.append(measured([*weld, "--threads", str(options.threads)]))
         for direct, found in floors.items():
-            prepare(models, out, cold=options.cold)
+            if options.cold:
+                prepare(models, out, cold=True)
+            shutil.rmtree(out, ignore_errors=True)
             found.append(floor(models, out, options.threads, sync=options.sync, direct=direct))
         if peer is not None and turn < options.peer_runs:
             prepare(models, out, cold=options.cold)

@@ -28,14 +28,48 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A change of a tensor that an adapter makes: scale * B A, and with DoRA a new length of its vectors.
+
+    The tensor is seen as a matrix (shape[0], rest); a tensor of E stacked experts as E matrices.
+
+    Attributes:
+        a: (E * r, inputs), or of more dimensions, its first being r (convolutions).
+        b: (outputs, r * E), or of more dimensions that are 1; column j * E + e is the j-th of expert e.
+        transposed: the change is (B A)^T: `fan_in_fan_out` layers, embeddings, some stacks of experts.
+        experts: E; 1 for ordinary layers.
+        magnitude: with DoRA, the length of every output's vector of weights (embedding: of every column).
+    """
+
+    a: TensorEntry
+    b: TensorEntry
+    scale: float
+    transposed: bool = False
+    experts: int = 1
+    magnitude: TensorEntry | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """A change of a tensor that an adapter makes: scale * another tensor of the same shape (LoRA's bias)."""
+
+    values: TensorEntry
+    scale: float
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its elements, row-major, start at byte `offset` of `file`."""
+    """Where one tensor lies: its elements, row-major, start at byte `offset` of `file`.
+
+    `changes` are what adapters add to it, in order.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: WeightFile
     offset: int
+    changes: tuple[LowRank | Added, ...] = ()
 
     @property
     def numel(self) -> int:

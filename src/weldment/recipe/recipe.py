@@ -42,6 +42,25 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Combination:
+    """A call of PEFT's `add_weighted_adapter`, its weights being those of the models.
+
+    Attributes:
+        type: one of PEFT's eleven combination types.
+        density: share of elements kept, for types that prune.
+        svd_rank: rank of the result, for the `svd` types; the largest rank of the adapters by default.
+        svd_clamp: quantile at which the factors are clamped, for the `svd` types.
+        majority_sign_method: "total" or "frequency", for the `ties` types.
+    """
+
+    type: str
+    density: float | None = None
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    majority_sign_method: str = "total"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One merge.
 
@@ -58,6 +77,10 @@ class Recipe:
         name: of an intermediate merge in a multi-document recipe.
         heads, take, drop: patterns (globs over tensor names): `heads` are kept per expert, `take`
             come from the named model unmerged, `drop` are left out.
+        output: "adapter" or "model", for merges of adapters; None where the recipe does not say.
+        space: where adapters are merged: "delta", "core", "factors" or "cat"; None where the recipe does not say.
+        rank: of the merged adapter: a number, "auto" (by energy) or "full"; None for the largest of the adapters.
+        combination: the call of PEFT's that the recipe is, or None.
         notes: what was accepted but has no effect, one sentence each.
         source: the recipe's YAML mapping after overrides, as the user wrote it.
         origin: file name for messages.
@@ -77,6 +100,10 @@ class Recipe:
     heads: tuple[str, ...] = ()
     take: Mapping[str, str] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
+    output: str | None = None
+    space: str | None = None
+    rank: int | str | None = None
+    combination: Combination | None = None
     notes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "recipe"
