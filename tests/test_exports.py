@@ -29,6 +29,8 @@ def test_the_public_names_are_these() -> None:
         "VerificationError",
         "WeldmentError",
         "__version__",
+        "add_weighted_adapter",
+        "extract",
         "merge",
         "merge_tensors",
         "plan",

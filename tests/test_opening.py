@@ -214,10 +214,8 @@ def test_an_adapter_is_refused_with_its_base_and_spelling(tmp_path: Path) -> Non
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     root = model(tmp_path / "a", {"adapter_config.json": config, "adapter_model.safetensors": W})
     for reference in (root, root / "adapter_model.safetensors"):
-        with pytest.raises(CheckpointError, match=rf"LORA adapter of org/base.*'org/base\+{root}'.*merge_and_unload"):
+        with pytest.raises(CheckpointError, match=rf"LORA adapter of org/base.*with its base: 'org/base\+{root}'"):
             open_checkpoint(str(reference))
-    with pytest.raises(CheckpointError, match=r"the adapter '.*' on 'org/base'.*merge_and_unload"):
-        open_checkpoint(f"org/base+{root}")
 
 
 @pytest.mark.parametrize(

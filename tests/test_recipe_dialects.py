@@ -15,14 +15,12 @@ DRM = {
     "merging_config": {"direction": "vertical"},
     "save_path": "out",
 }
-PEFT = {"adapters": ["a", "b"], "weights": [1.0, 0.5], "combination_type": "ties"}
 
 
 @pytest.mark.parametrize(
     ("document", "words"),
     [
         (DRM, "`merging_config` and `save_path`: this is a DRM configuration"),
-        (PEFT, "`adapters` and `combination_type`: this is a PEFT adapter combination"),
         ({"base_model": "a", "gate_mode": "hidden", "experts": []}, "this is a mixture-of-experts configuration"),
         ({"merge_method": "linear", "modules": {}}, "this is a multi-module configuration"),
     ],

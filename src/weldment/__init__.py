@@ -25,6 +25,8 @@ from weldment.errors import (
 from weldment.version import __version__
 
 if TYPE_CHECKING:
+    from weldment.adapters.live import add_weighted_adapter
+    from weldment.extraction import extract
     from weldment.memory import merge_tensors
     from weldment.merging import MergeResult, merge, plan
     from weldment.methods import METHODS
@@ -46,6 +48,8 @@ __all__ = [
     "VerificationError",
     "WeldmentError",
     "__version__",
+    "add_weighted_adapter",
+    "extract",
     "merge",
     "merge_tensors",
     "plan",
@@ -57,6 +61,8 @@ _LAZY = {
     "METHODS": "weldment.methods",
     "MergeResult": "weldment.merging",
     "Plan": "weldment.planning.plan",
+    "add_weighted_adapter": "weldment.adapters.live",
+    "extract": "weldment.extraction",
     "merge": "weldment.merging",
     "merge_tensors": "weldment.memory",
     "plan": "weldment.merging",

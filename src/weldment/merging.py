@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weldment.adapters.adapter import Adapter
+from weldment.adapters.building import plan_adapters
+from weldment.adapters.memory import fit_adapters
+from weldment.adapters.opening import open_model
+from weldment.adapters.plan import AdapterPlan
+from weldment.adapters.recognising import adapters_of, as_models
 from weldment.checkpoint.layout import SHARD_BYTES
 from weldment.checkpoint.model import Checkpoint
-from weldment.checkpoint.opening import open_checkpoint
 from weldment.checkpoint.staging import Staging, check_output
 from weldment.engine.memory import fit
 from weldment.engine.progress import Progress, Silent
@@ -21,16 +26,26 @@ from weldment.recipe import Recipe, load_recipes
 from weldment.recipe.recipe import SEED, is_seed
 from weldment.writing import Run
 
+Input = Checkpoint | Adapter
 RecipeSource = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge: where it is, what was planned, and the checksum of every tensor."""
+    """A finished merge.
+
+    Attributes:
+        path: where it is.
+        plan: what was planned; an `AdapterPlan` if adapters were merged to an adapter.
+        checksums: of every tensor, by `file|name`.
+        lost: of a merged adapter, what the cut to the rank lost of every module: the relative error in the
+            Frobenius norm.
+    """
 
     path: Path
-    plan: Plan
+    plan: Plan | AdapterPlan
     checksums: Mapping[str, str]
+    lost: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan(
@@ -39,8 +54,11 @@ def plan(
     overrides: Sequence[str] = (),
     shard_size: int = SHARD_BYTES,
     seed: int | None = None,
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Plan a merge from headers alone: no weights are read, and nothing is written.
+
+    A recipe all of whose models are adapters, and that does not ask for `output: model`, gives the plan of
+    an adapter.
 
     Of models on the Hub, the JSON files that describe them (the configuration, and `tokenizer.json` where
     token embeddings are merged) are downloaded, and weights only where they are PyTorch files.
@@ -55,8 +73,19 @@ def plan(
         UserError: recipe or models are at fault; the message lists every problem found.
     """
     _check_numbers(seed=seed, shard_size=shard_size)
-    recipes = load_recipes(recipe, overrides=overrides)
+    recipes, adapters = _read(recipe, overrides)
+    if adapters:
+        return plan_adapters(recipes[-1], adapters, seed=seed)
     return plan_merges(recipes, open_models(recipes), shard_bytes=shard_size, seed=seed)
+
+
+def _read(recipe: RecipeSource, overrides: Sequence[str]) -> tuple[Sequence[Recipe], Mapping[str, Adapter]]:
+    """The recipes, and the adapters if these are to be merged to an adapter."""
+    recipes = load_recipes(recipe, overrides=overrides)
+    adapters = adapters_of(recipes)
+    if adapters and recipes[-1].output == "model":
+        return [as_models(recipes[-1], adapters)], {}
+    return recipes, adapters
 
 
 def open_models(recipes: Sequence[Recipe]) -> dict[str, Checkpoint]:
@@ -76,7 +105,7 @@ def open_models(recipes: Sequence[Recipe]) -> dict[str, Checkpoint]:
         if reference in made:
             continue
         try:
-            opened[reference] = open_checkpoint(reference, where=where)
+            opened[reference] = open_model(reference, where=where, stages=made)
         except CheckpointError as error:
             problems.append(error)
     if problems:
@@ -99,7 +128,7 @@ def merge(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge models into the folder `out`.
+    """Merge models, or adapters with each other, into the folder `out`.
 
     The output is made beside `out`, checked, and renamed into place; a merge that was killed goes
     on where it was when it is called again with the same arguments.
@@ -122,9 +151,14 @@ def merge(
         MergeError: the merge failed while it ran.
     """
     _check_numbers(seed=seed, shard_size=shard_size, max_memory=max_memory)
-    recipes = load_recipes(recipe, overrides=overrides)
-    models = open_models(recipes)
+    recipes, adapters = _read(recipe, overrides)
     target = Path(out)
+    if adapters:
+        planned = plan_adapters(recipes[-1], adapters, seed=seed)
+        check_target(target, recipe, adapters, overwrite=overwrite)
+        workers = fit_adapters(planned, device, threads, max_memory)
+        return _merge_adapters(planned, target, workers, overwrite, allow_nonfinite, progress or Silent())
+    models = open_models(recipes)
     check_target(target, recipe, models, overwrite=overwrite)
     planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     machine, block = fit(planned, device, threads, max_memory)
@@ -138,6 +172,20 @@ def merge(
     with Staging(target) as staging:
         checksums = run.into(staging, overwrite=overwrite, resume=resume)
     return MergeResult(target, planned, checksums)
+
+
+def _merge_adapters(
+    planned: AdapterPlan, out: Path, threads: int, overwrite: bool, allow_nonfinite: bool, progress: Progress
+) -> MergeResult:
+    # Plans, and merges of full models, do without the code that calculates with adapters.
+    from weldment.adapters.merging import merge_adapters
+
+    for note in planned.notes:
+        progress.message(f"note: {note}")
+    checksums, lost = merge_adapters(
+        planned, out, threads=threads, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress
+    )
+    return MergeResult(out, planned, checksums, lost)
 
 
 def _check_numbers(*, seed: int | None, shard_size: int, max_memory: int | None = None) -> None:
@@ -163,7 +211,7 @@ def _downloaded(model: Checkpoint, progress: Progress) -> Checkpoint:
     return download(model)
 
 
-def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Checkpoint], *, overwrite: bool) -> None:
+def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Input], *, overwrite: bool) -> None:
     """Check that an output may stand at `out`.
 
     Raises:
@@ -175,13 +223,14 @@ def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Checkpoin
     check_output(out, overwrite=overwrite)
 
 
-def _refuse_inputs(out: Path, models: Mapping[str, Checkpoint]) -> None:
+def _refuse_inputs(out: Path, models: Mapping[str, Input]) -> None:
     """Raise if the output would replace a folder that holds an input, or be copied with one."""
     target = out.resolve()
     for reference, model in models.items():
-        if model.root is None:
+        folder = model.root if isinstance(model, Checkpoint) else model.folder
+        if folder is None:
             continue
-        root = model.root.resolve()
+        root = Path(folder).resolve()
         if target == root:
             cause = f"the output is also an input ({reference})"
         elif target in root.parents:

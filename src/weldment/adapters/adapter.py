@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from weldment.adapters.config import AdapterConfig
+from weldment.adapters.parameters import Target, targets
 from weldment.checkpoint.dtypes import is_float
 from weldment.checkpoint.model import TensorEntry, WeightFile
 from weldment.errors import CheckpointError
@@ -32,16 +33,19 @@ class Layer:
     """One LoRA layer: scale * B A is added to the weight of a module.
 
     Attributes:
-        module: its name in the model, such as `model.layers.0.self_attn.q_proj`.
+        module: its name in the model, such as `model.layers.0.self_attn.q_proj`; where a parameter is
+            adapted and not a module, that of the parameter (`model.layers.0.mlp.experts.down_proj`).
         a: (r, inputs); (r, inputs, kernel ...) of a convolution; (E r, inputs) of stacked experts.
         b: (outputs, r); (outputs, r, 1 ...) of a convolution; (outputs, r E) of stacked experts.
         rank: r.
         scale: the factor of B A.
-        transposed: the weight is stored as (inputs, outputs): embeddings and `fan_in_fan_out` layers.
+        transposed: the weight is stored as (inputs, outputs): embeddings and `fan_in_fan_out` layers;
+            of stacks only the base can tell.
         magnitude: DoRA's lengths.
         bias: (outputs,), added to the module's bias, times `scale`.
         experts: E of a stack of experts that `target_parameters` names; 1 otherwise.
         embedding: the module is an embedding.
+        parameter: `module` names a parameter.
     """
 
     module: str
@@ -54,6 +58,17 @@ class Layer:
     bias: TensorEntry | None = None
     experts: int = 1
     embedding: bool = False
+    parameter: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that it changes."""
+        return self.module if self.parameter else f"{self.module}.weight"
+
+    @property
+    def bias_tensor(self) -> str:
+        """The tensor that its bias changes."""
+        return f"{self.module}.bias"
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -125,15 +140,22 @@ def read_layers(
                 cause, where=where, fix="Only LoRA's A and B, DoRA's magnitudes and saved modules can be"
             )
         else:
-            saved[inner.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = entry
-    layers = {module: _layer(module, found, config, where) for module, found in parts.items()}
+            whole = inner.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+            if whole in saved:
+                cause = f"{saved[whole].name!r} and {name!r} are both said to be {whole!r}"
+                raise CheckpointError(cause, where=where, fix="The adapter is damaged: save it again")
+            saved[whole] = entry
+    layers = {
+        target.name: _layer(target, parts[module], config, where)
+        for module, target in targets(parts, config, where).items()
+    }
     if not layers and not saved:
         raise CheckpointError("the adapter changes nothing", where=where, fix="Check its files")
     return layers, saved
 
 
-def _layer(module: str, found: Mapping[str, TensorEntry], config: AdapterConfig, where: str) -> Layer:
-    place = f"{where}: {module}"
+def _layer(target: Target, found: Mapping[str, TensorEntry], config: AdapterConfig, where: str) -> Layer:
+    place = f"{where}: {target.name}"
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     kind = "lora_embedding_" if embedding else "lora_"
     left = dict(found)
@@ -145,27 +167,38 @@ def _layer(module: str, found: Mapping[str, TensorEntry], config: AdapterConfig,
     if left:
         raise CheckpointError(f"the layer has a part without meaning: {sorted(left)[0]}", where=place, fix="Check it")
     rank = a.shape[0] if a.shape else 0
-    stated = config.stated_rank(module)
-    experts = rank // stated if config.target_parameters and rank > stated and rank % stated == 0 else 1
     if len(a.shape) < 2 or len(b.shape) != len(a.shape) or b.shape[1] != rank or rank == 0:
         raise CheckpointError(
             f"A {list(a.shape)} and B {list(b.shape)} do not fit together", where=place, fix=_grouped(b)
         )
     if any(size != 1 for size in b.shape[2:]):
         raise CheckpointError(f"B has the kernel {list(b.shape[2:])}, which must be 1", where=place, fix="Check it")
+    experts = _experts(target, rank, config, place)
     rank //= experts
     return Layer(
-        module,
+        target.name,
         a,
         b,
         rank,
-        config.scale(module, rank),
-        transposed=embedding or config.fan_in_fan_out,
+        config.scale(target.key, rank),
+        transposed=embedding or (config.fan_in_fan_out and not target.parameter),
         magnitude=magnitude,
         bias=bias,
         experts=experts,
         embedding=embedding,
+        parameter=target.parameter,
     )
+
+
+def _experts(target: Target, rows: int, config: AdapterConfig, place: str) -> int:
+    """How many experts A, which has r rows for each, is for."""
+    if not target.parameter:
+        return 1
+    rank = config.stated_rank(target.key)
+    if rows % rank:
+        cause = f"A has {rows} rows, which are not {rank} (the rank) for each of a number of experts"
+        raise CheckpointError(cause, where=place, fix="Check r and rank_pattern in adapter_config.json")
+    return rows // rank
 
 
 def _grouped(b: TensorEntry) -> str:

@@ -10,8 +10,8 @@ _STEP = 1 << 24
 
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool | None:
-    """True or False; None if a file is not on this machine."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    """True or False; None if a file is not on this machine. Tensors that adapters change in other ways differ."""
+    if (first.dtype, first.shape, first.changes) != (second.dtype, second.shape, second.changes):
         return False
     if first.file == second.file and first.offset == second.offset:
         return True

@@ -51,9 +51,17 @@ from weldment.checkpoint.contents import (
     side_files,
 )
 from weldment.checkpoint.headers import PREFIX_BYTES, header_length, parse_header
-from weldment.checkpoint.local import MODULES, folder_source, open_folder, read_bytes, tensor_entries, weight_file
+from weldment.checkpoint.local import (
+    MODULES,
+    Folder,
+    folder_source,
+    open_folder,
+    read_bytes,
+    tensor_entries,
+    weight_file,
+)
 from weldment.checkpoint.model import Checkpoint, TensorEntry, WeightFile
-from weldment.checkpoint.refusals import ADAPTER_CONFIG, missing_weights
+from weldment.checkpoint.refusals import ADAPTER_CONFIG, missing_weights, refuse_adapter
 from weldment.errors import CheckpointError, HubError
 
 FIRST_BYTES = 1 << 16
@@ -108,7 +116,7 @@ class Remote:
     def tensors(self, names: Sequence[str]) -> list[tuple[WeightFile, list[TensorEntry]]]:
         """What the headers of these files say; torch files are downloaded for it."""
         files = [self.files[name] for name in names]
-        return list(zip(files, _parallel(self._tensors, files), strict=True))
+        return list(zip(files, parallel(self._tensors, files), strict=True))
 
     def _tensors(self, file: WeightFile) -> list[TensorEntry]:
         path = cached(self.repo, file.name, self.commit)
@@ -159,7 +167,9 @@ def open_repo(repo: str, revision: str | None = None) -> Checkpoint:
     reference = f"{repo}@{revision}" if revision else repo
     if constants.HF_HUB_OFFLINE:
         return _open_cached(repo, revision, reference)
-    source = _remote(repo, revision)
+    source = remote(repo, revision)
+    if is_adapter(source):
+        refuse_adapter(source.json(ADAPTER_CONFIG), reference)
     contents = read_contents(source)
     modules = module_folders(source.json(MODULES)) if MODULES in source.names else ()
     checkpoint = Checkpoint(
@@ -192,9 +202,10 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.root is not None or repo is None or commit is None:
         return checkpoint
     names = _wanted(checkpoint)
-    paths = _parallel(lambda name: fetch(repo, name, commit), names)
+    paths = parallel(lambda name: fetch(repo, name, commit), names)
     local = _localised(checkpoint, dict(zip(names, paths, strict=True)))
-    _record_revision(local, repo)
+    sizes = dict(zip(names, (path.stat().st_size for path in paths), strict=True))
+    _record_revision(local, repo, min(names, key=sizes.__getitem__))
     return local
 
 
@@ -210,7 +221,8 @@ def cached(repo: str, name: str, commit: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _remote(repo: str, revision: str | None) -> Remote:
+def remote(repo: str, revision: str | None) -> Remote:
+    """The files of a repo at a branch, tag or commit; HubError if they cannot be listed."""
     with explained(repo, revision):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     place = f"{repo}@{revision}" if revision else repo
@@ -235,9 +247,21 @@ def _open_cached(repo: str, revision: str | None, reference: str) -> Checkpoint:
             root = Path(snapshot_download(repo, revision=revision, local_files_only=True, ignore_patterns=needless))
         _require_weights(root)
     except CheckpointError as error:
-        cause = "is not complete in the cache, and offline mode (HF_HUB_OFFLINE) is on"
-        raise HubError(cause, where=reference, fix="Run once without HF_HUB_OFFLINE to download it") from error
+        raise incomplete(reference) from error
+    if is_adapter(source := folder_source(root)):
+        refuse_adapter(source.json(ADAPTER_CONFIG), reference)
     return open_folder(root, reference, repo=repo, revision=root.name)
+
+
+def incomplete(reference: str) -> HubError:
+    """The error for what offline mode cannot open."""
+    cause = "is not complete in the cache, and offline mode (HF_HUB_OFFLINE) is on"
+    return HubError(cause, where=reference, fix="Run once without HF_HUB_OFFLINE to download it")
+
+
+def is_adapter(source: Remote | Folder) -> bool:
+    """Whether there is an adapter and no model."""
+    return ADAPTER_CONFIG in source.names and select_weights(source.names, source.json, source.place) is None
 
 
 def _require_weights(root: Path) -> None:
@@ -248,36 +272,41 @@ def _require_weights(root: Path) -> None:
 
 
 def _wanted(checkpoint: Checkpoint) -> list[str]:
-    return [file.name for file in checkpoint.weight_files] + list(checkpoint.side_files)
+    """The files to download; those that adapters brought are here."""
+    weights = [file.name for file in checkpoint.weight_files if file.path is None]
+    return weights + [name for name in checkpoint.side_files if name not in checkpoint.elsewhere]
 
 
 def _localised(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> Checkpoint:
     """The checkpoint with the paths of all its files in the cache."""
     files: dict[str, WeightFile] = {}
-    for remote in checkpoint.weight_files:
+    for remote in (file for file in checkpoint.weight_files if file.path is None):
         local = weight_file(paths[remote.name], remote.name)
         if local.size != remote.size:
             cause = f"has {local.size} bytes in the cache and {remote.size} on the Hub"
             raise HubError(cause, where=str(local.path), fix="Delete the file from the cache and try again")
         files[remote.name] = replace(local, sha256=local.sha256 or remote.sha256)
     first = checkpoint.weight_files[0].name
+
+    def found(file: WeightFile) -> WeightFile:
+        return files[file.name] if file.path is None else file
+
     return replace(
         checkpoint,
         root=paths[first].parents[first.count("/")],
-        weight_files=tuple(files.values()),
-        tensors={name: replace(entry, file=files[entry.file.name]) for name, entry in checkpoint.tensors.items()},
+        weight_files=tuple(map(found, checkpoint.weight_files)),
+        tensors={name: replace(entry, file=found(entry.file)) for name, entry in checkpoint.tensors.items()},
     )
 
 
-def _record_revision(checkpoint: Checkpoint, repo: str) -> None:
-    """Have the cache learn which commit the user's branch or tag is, as offline mode needs it."""
-    revision = checkpoint.reference.partition("@")[2] or None
-    smallest = min(checkpoint.weight_files, key=lambda file: file.size).name
+def _record_revision(checkpoint: Checkpoint, repo: str, name: str) -> None:
+    """Have the cache learn which commit the user's branch or tag is, as offline mode needs it, by one of the files."""
+    revision = checkpoint.reference.partition("+")[0].partition("@")[2] or None
     with explained(repo, revision):
-        hf_hub_download(repo, checkpoint.side_files[0] if checkpoint.side_files else smallest, revision=revision)
+        hf_hub_download(repo, name, revision=revision)
 
 
-def _parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """The function of every item, in order; the first error cancels what has not begun."""
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         futures = [pool.submit(function, item) for item in items]

@@ -39,6 +39,8 @@ class LowRank:
         transposed: the change is (B A)^T: `fan_in_fan_out` layers, embeddings, some stacks of experts.
         experts: E; 1 for ordinary layers.
         magnitude: with DoRA, the length of every output's vector of weights (embedding: of every column).
+        expert: the only one of the experts that the tensor belongs to, where it is not a stack of all of them.
+        row: the row of that expert's matrix that the tensor begins with.
     """
 
     a: TensorEntry
@@ -47,6 +49,14 @@ class LowRank:
     transposed: bool = False
     experts: int = 1
     magnitude: TensorEntry | None = None
+    expert: int | None = None
+    row: int = 0
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the factors that this tensor needs."""
+        share = 1 if self.expert is None else self.experts
+        return (self.a.nbytes + self.b.nbytes) // share + (self.magnitude.nbytes if self.magnitude else 0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Added:
 
     values: TensorEntry
     scale: float
+
+    @property
+    def read_bytes(self) -> int:
+        return self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,11 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.numel * ITEM_BYTES[self.dtype]
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read to know its elements: its own and those of its changes."""
+        return self.nbytes + sum(change.read_bytes for change in self.changes)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -86,7 +105,8 @@ class Checkpoint:
 
     `root` is the local folder (None for a repo that is only on the Hub, and for a single file
     it is the folder that holds it). `side_files` are the names, relative to the root, of the
-    files that are not weights of this model. `revision` is the commit for a Hub model.
+    files that are not weights of this model; `elsewhere` says where those lie that adapters brought.
+    `revision` is the commit for a Hub model. `notes` are what the user should know of it.
     """
 
     reference: str
@@ -97,6 +117,12 @@ class Checkpoint:
     side_files: tuple[str, ...] = ()
     repo: str | None = None
     revision: str | None = None
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def side_path(self, name: str) -> Path | None:
+        """Where a side file lies; None while it is only on the Hub."""
+        return self.elsewhere.get(name) or (self.root / name if self.root is not None else None)
 
     @property
     def is_local(self) -> bool:

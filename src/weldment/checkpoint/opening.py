@@ -8,7 +8,6 @@ from pathlib import Path
 
 from weldment.checkpoint.local import is_weights, open_file, open_folder
 from weldment.checkpoint.model import Checkpoint
-from weldment.checkpoint.refusals import refuse_base_and_adapter
 from weldment.errors import CheckpointError, HubError
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -32,17 +31,20 @@ def open_checkpoint(reference: str, *, where: str | None = None) -> Checkpoint:
     try:
         return _open(reference)
     except CheckpointError as error:
-        if where is None:
-            raise
-        place = f"{where}: {error.where}" if error.where else where
-        raise type(error)(error.cause, where=place, fix=error.fix) from error
+        raise placed(error, where) from error
+
+
+def placed(error: CheckpointError, where: str | None) -> CheckpointError:
+    """The error with the place in the recipe that names the model before its own, if there is one."""
+    if where is None:
+        return error
+    return type(error)(error.cause, where=f"{where}: {error.where}" if error.where else where, fix=error.fix)
 
 
 def _open(reference: str) -> Checkpoint:
     path = Path(reference).expanduser()
-    if reference and _exists(path):
+    if reference and exists(path):
         return open_folder(path, reference) if path.is_dir() else open_file(path, reference)
-    refuse_base_and_adapter(reference)
     match = HUB_ID.fullmatch(reference)
     if match is None or is_weights(reference) or reference.endswith(".gguf"):
         raise _missing(reference, path)
@@ -61,7 +63,8 @@ def _open(reference: str) -> Checkpoint:
         raise HubError(cause, where=error.where, fix=error.fix) from error
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; false for what cannot be one."""
     try:
         return path.exists()
     except (OSError, ValueError):

@@ -76,31 +76,19 @@ def _quantised_by(name: str, dtype: str) -> str | None:
 
 
 def refuse_adapter(config: Any, where: str) -> NoReturn:
-    """CheckpointError for a folder that holds an adapter and no model.
+    """CheckpointError for an adapter alone, where a model is needed.
 
     Args:
         config: the content of its `adapter_config.json`.
-        where: the folder, as the user would write it.
+        where: the adapter, as the user would write it.
     """
     kind = config.get("peft_type") if isinstance(config, dict) else None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     named = base if isinstance(base, str) and base else None
     cause = f"is a {kind or 'PEFT'} adapter of {named or 'a base model that it does not name'}, not a whole model"
     spelling = f"{named or '<base>'}+{where}"
-    planned = f"it will be spelled {spelling!r} when adapters can be merged, which this version cannot"
-    raise CheckpointError(f"{cause}; {planned}", where=where, fix=_apply_first(named or "its base"))
-
-
-def refuse_base_and_adapter(reference: str) -> None:
-    """CheckpointError if the reference names a base model and an adapter, `base+adapter`."""
-    base, plus, adapter = reference.partition("+")
-    if plus:
-        cause = f"{reference!r} is the adapter {adapter!r} on {base!r}, and this version cannot merge adapters"
-        raise CheckpointError(cause, fix=_apply_first(base))
-
-
-def _apply_first(base: str) -> str:
-    return f"Merge it into {base} first, with PEFT's merge_and_unload, save that model, and name its folder"
+    fix = f"Name it together with its base: {spelling!r}"
+    raise CheckpointError(cause, where=where, fix=fix if named else f"{fix}, with the base's path or Hub name")
 
 
 def refuse_gguf(where: str) -> NoReturn:

@@ -40,10 +40,10 @@ def copy_side_files(folder: Path, side: Checkpoint, tokenizer: Checkpoint) -> No
         chosen = {name: model for name, model in chosen.items() if not is_tokenizer_file(name)}
         chosen |= {name: tokenizer for name in tokenizer.side_files if is_tokenizer_file(name)}
     for name, model in chosen.items():
-        if model.root is not None:
+        if (path := model.side_path(name)) is not None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(model.root / name, target)
+            shutil.copyfile(path, target)
 
 
 def is_tokenizer_file(name: str) -> bool:

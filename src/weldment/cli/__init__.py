@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from weldment.cli import merge, methods, plan, verify
+from weldment.cli import extract, merge, methods, plan, verify
 from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.cli.startup import postpone
 from weldment.errors import WeldmentError
@@ -28,6 +28,7 @@ for _name, _command in {
     "plan": plan.command,
     "methods": methods.command,
     "verify": verify.command,
+    "extract": extract.command,
 }.items():
     app.command(_name)(interruptible(_command))
 

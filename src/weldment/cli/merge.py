@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from weldment.adapters.plan import AdapterPlan
     from weldment.merging import MergeResult
+    from weldment.planning.plan import Plan
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe: mergekit-style YAML.", show_default=False)
@@ -60,10 +62,8 @@ def command(
     import time
 
     from weldment.cli.console import parse_size
-    from weldment.cli.plan import forecast, show
     from weldment.cli.progress import reporter
-    from weldment.engine.memory import fit
-    from weldment.merging import check_target, merge, plan
+    from weldment.merging import merge, plan
 
     if quiet:
         # huggingface_hub, which is not imported yet, has progress bars of its own.
@@ -72,10 +72,8 @@ def command(
     shard = parse_size(shard_size, "--shard-size")
     if dry_run:
         planned = plan(recipe, overrides=set_, shard_size=shard, seed=seed)
-        models = {name: model for each in (*planned.stages, planned) for name, model in each.models.items()}
-        check_target(out, recipe, models, overwrite=overwrite)
-        machine, block = fit(planned, device, threads, limit)
-        show(planned, forecast(planned, out, machine.threads, block), as_json=as_json, quiet=quiet)
+        _check(planned, recipe, out, overwrite=overwrite)
+        _show(planned, out, device, threads, limit, as_json=as_json, quiet=quiet)
         return
     started = time.monotonic()
     try:
@@ -99,6 +97,43 @@ def command(
     _report(result, time.monotonic() - started, as_json=as_json, quiet=quiet)
 
 
+def _check(planned: Plan | AdapterPlan, recipe: Path, out: Path, *, overwrite: bool) -> None:
+    """OutputError if the output may not stand at `out`."""
+    from weldment.adapters.plan import AdapterPlan
+    from weldment.merging import check_target
+
+    if isinstance(planned, AdapterPlan):
+        check_target(out, recipe, planned.adapters, overwrite=overwrite)
+        return
+    models = {name: model for each in (*planned.stages, planned) for name, model in each.models.items()}
+    check_target(out, recipe, models, overwrite=overwrite)
+
+
+def _show(
+    planned: Plan | AdapterPlan,
+    out: Path,
+    device: str,
+    threads: int | None,
+    limit: int | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Print the plan as it would run with these limits."""
+    from weldment.adapters.memory import fit_adapters
+    from weldment.adapters.plan import AdapterPlan
+    from weldment.cli.adapter_plan import adapter_forecast, show_adapters
+    from weldment.cli.plan import forecast, show
+    from weldment.engine.memory import fit
+
+    if isinstance(planned, AdapterPlan):
+        cast = adapter_forecast(planned, out, fit_adapters(planned, device, threads, limit))
+        show_adapters(planned, cast, as_json=as_json, quiet=quiet)
+        return
+    machine, block = fit(planned, device, threads, limit)
+    show(planned, forecast(planned, out, machine.threads, block), as_json=as_json, quiet=quiet)
+
+
 def _how_to_go_on(out: Path) -> str:
     from weldment.checkpoint.staging import is_unfinished, partial_folder
 
@@ -110,12 +145,28 @@ def _how_to_go_on(out: Path) -> str:
 def _report(result: MergeResult, seconds: float, *, as_json: bool, quiet: bool) -> None:
     import json
 
+    from weldment.adapters.plan import AdapterPlan
+    from weldment.cli.adapter_plan import adapter_record
     from weldment.cli.console import duration, size
     from weldment.cli.plan import plan_record
 
     if as_json:
-        record = {"out": str(result.path), "seconds": round(seconds, 3), **plan_record(result.plan)}
-        typer.echo(json.dumps(record, indent=1))
+        planned = result.plan
+        what = (
+            {**adapter_record(planned), "lost": result.lost}
+            if isinstance(planned, AdapterPlan)
+            else plan_record(planned)
+        )
+        typer.echo(json.dumps({"out": str(result.path), "seconds": round(seconds, 3), **what}, indent=1))
     elif not quiet:
-        written = size(result.plan.write_bytes)
+        written = size(_written(result))
         typer.echo(f"done: {result.path}, {written} in {duration(seconds)}, plan {result.plan.hash[:12]}")
+
+
+def _written(result: MergeResult) -> int:
+    """Bytes of weights; ranks are known only when an adapter is made."""
+    from weldment.planning.plan import Plan
+
+    if isinstance(result.plan, Plan):
+        return result.plan.write_bytes
+    return sum(path.stat().st_size for path in result.path.rglob("*.safetensors"))

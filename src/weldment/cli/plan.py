@@ -30,11 +30,16 @@ def command(
     No weights are read, and nothing is written. Of models on the Hub, configurations and
     tokenizer.json are downloaded, and weights only where they are PyTorch files.
     """
+    from weldment.adapters.plan import AdapterPlan
+    from weldment.cli.adapter_plan import adapter_forecast, show_adapters
     from weldment.cli.console import parse_size
     from weldment.engine.run import default_threads
     from weldment.merging import plan
 
     planned = plan(recipe, overrides=set_, shard_size=parse_size(shard_size, "--shard-size"), seed=seed)
+    if isinstance(planned, AdapterPlan):
+        show_adapters(planned, adapter_forecast(planned, Path(), default_threads()), as_json=as_json, every=all_)
+        return
     show(planned, forecast(planned, Path(), default_threads()), as_json=as_json, every=all_)
 
 
@@ -48,6 +53,16 @@ class Forecast:
     memory: int
     download: int
     threads: int
+
+    def record(self) -> dict[str, int]:
+        """As JSON-able data."""
+        return {
+            "read_bytes": self.read,
+            "write_bytes": self.write,
+            "free_bytes": self.free,
+            "peak_memory_bytes": self.memory,
+            "download_bytes": self.download,
+        }
 
 
 def forecast(planned: Plan, out: Path, threads: int, block: int | None = None) -> Forecast:
@@ -71,23 +86,21 @@ def forecast(planned: Plan, out: Path, threads: int, block: int | None = None) -
 def show(planned: Plan, cast: Forecast, *, as_json: bool = False, quiet: bool = False, every: bool = False) -> None:
     """Print a plan: as a table, or as JSON with the forecast."""
     import json
-    import shutil
-    import sys
 
     from weldment.cli.plan_table import describe
 
     if as_json:
-        numbers = {
-            "read_bytes": cast.read,
-            "write_bytes": cast.write,
-            "free_bytes": cast.free,
-            "peak_memory_bytes": cast.memory,
-            "download_bytes": cast.download,
-        }
-        typer.echo(json.dumps({**plan_record(planned), "forecast": numbers}, indent=1))
+        typer.echo(json.dumps({**plan_record(planned), "forecast": cast.record()}, indent=1))
     elif not quiet:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
-        typer.echo("\n".join(describe(planned, cast, every=every, width=width)))
+        typer.echo("\n".join(describe(planned, cast, every=every, width=table_width())))
+
+
+def table_width() -> int:
+    """Columns of the terminal."""
+    import shutil
+    import sys
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
 
 
 def plan_record(planned: Plan) -> dict[str, Any]:

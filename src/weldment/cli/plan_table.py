@@ -45,7 +45,7 @@ class Settings:
 
     Attributes:
         names: a short name for each model.
-        by_job: all settings of each merged tensor, by the identity of its job.
+        by_job: all settings of each merged tensor, by the identity of its job (or of an adapter's module).
         common: those that have one value wherever they occur.
     """
 
@@ -57,7 +57,12 @@ class Settings:
     def of(cls, planned: Plan) -> Settings:
         """The settings of a plan."""
         names = short_names(planned.models)
-        by_job = {id(job): dict(_settings(job, names)) for job in planned.jobs if job.action == "merge"}
+        merged = [job for job in planned.jobs if job.action == "merge"]
+        return cls.over(names, {id(job): dict(_settings(job, names)) for job in merged})
+
+    @classmethod
+    def over(cls, names: Mapping[str, str], by_job: Mapping[int, Mapping[Key, Any]]) -> Settings:
+        """The settings of what is merged, sorted into those that are the same for all and those that are not."""
         values: dict[Key, list[Any]] = {}
         for found in by_job.values():
             for key, value in found.items():
@@ -81,7 +86,7 @@ class Settings:
         every = {other: found.get(other) for found in self.by_job.values() for other in found if other[0] == key[0]}
         return all(other in self.common and self.common[other] == self.common[key] for other in every)
 
-    def of_group(self, jobs: Iterable[TensorJob]) -> str:
+    def of_group(self, jobs: Iterable[object]) -> str:
         """What is special about a group of tensors."""
         values: dict[Key, list[Any]] = {}
         for job in jobs:
@@ -106,10 +111,14 @@ def short_names(references: Iterable[str]) -> dict[str, str]:
 
 
 def _settings(job: TensorJob, names: Mapping[str, str]) -> Iterable[tuple[Key, Any]]:
-    models = [names[model] for model, _ in job.inputs[: len(job.sources)]]
+    yield from labelled(job.method, job.parameters, [names[model] for model, _ in job.inputs[: len(job.sources)]])
+
+
+def labelled(method: str, parameters: Mapping[str, Any], models: Sequence[str]) -> Iterable[tuple[Key, Any]]:
+    """The parameters of a merge; those that each model has a value of with the models' names."""
     labels = [m if models.count(m) == 1 else f"{m}#{models[: n + 1].count(m)}" for n, m in enumerate(models)]
-    for parameter in METHODS[job.method].parameters:
-        value = job.parameters[parameter.argument]
+    for parameter in METHODS[method].parameters:
+        value = parameters[parameter.argument]
         if parameter.per_model:
             yield from (((parameter.name, label), item) for label, item in zip(labels, value, strict=True))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,13 +16,14 @@ from weldment.checkpoint.journal import Journal
 from weldment.checkpoint.layout import Slot
 from weldment.checkpoint.model import TensorEntry, WeightFile
 from weldment.checkpoint.output_files import OutputFiles
+from weldment.engine.adapted import adapted
 from weldment.engine.blocks import BLOCK
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.copying import Copy
 from weldment.engine.outputs import FileOutput
 from weldment.engine.progress import Progress
 from weldment.engine.run import Machine, run_works
-from weldment.engine.sources import FileSource
+from weldment.engine.sources import FileSource, Source
 from weldment.engine.work import Work
 from weldment.errors import CheckpointError, NonFiniteError
 from weldment.methods import METHODS
@@ -61,7 +63,13 @@ class _Inputs:
         self._find = find
         self._open: dict[Path, int] = {}
 
-    def source(self, entry: TensorEntry) -> FileSource:
+    def source(self, entry: TensorEntry) -> Source:
+        """A tensor, with what adapters change of it."""
+        stored = self.file(entry)
+        return adapted(stored, entry, self.file) if entry.changes else stored
+
+    def file(self, entry: TensorEntry) -> FileSource:
+        """A tensor as it is stored."""
         path = self._find(entry.file)
         if path not in self._open:
             try:
@@ -158,13 +166,12 @@ def _file(slot: Slot) -> str:
 
 
 def _bytes_per_element(job: TensorJob) -> float:
-    entries = [*job.sources, *([job.base] if job.base else [])]
-    return float(sum(ITEM_BYTES[entry.dtype] for entry in entries))
+    return job.read_bytes / max(1, math.prod(job.shape))
 
 
 def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int) -> Work | Copy:
     sources = [inputs.source(entry) for entry in job.sources]
-    same = all(entry.dtype == job.dtype for entry in job.sources)
+    same = all(entry.dtype == job.dtype and not entry.changes for entry in job.sources)
     if job.action != "merge" and (same or not is_float(job.dtype)):
         return Copy(job.name, job.shape, sources, job.dtype, output)
     copied = job.action != "merge"

@@ -10,6 +10,7 @@ from weldment.checkpoint.dtypes import ITEM_BYTES
 from weldment.engine.blocks import BLOCK, Grid
 from weldment.engine.pools import can_fork
 from weldment.engine.run import Machine, default_threads
+from weldment.engine.workspace import KEPT_BYTES
 from weldment.errors import UserError
 from weldment.methods import METHODS
 from weldment.methods.block import CHUNK
@@ -51,7 +52,8 @@ def job_bytes(job: TensorJob, block: int, accumulate: str) -> int:
     buffers = len(job.sources) + (job.base is not None) + SCRATCH
     raw = sum(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
     doubles = 2 * buffers * 8 if job.method and METHODS[job.method].float64 else 0
-    return elements * (buffers * width + doubles + raw)
+    factors = KEPT_BYTES if any(entry.changes for _, entry in job.inputs) else 0
+    return elements * (buffers * width + doubles + raw) + factors
 
 
 def peak_bytes(plan: Plan, threads: int, block: int = BLOCK) -> int:

@@ -21,6 +21,10 @@ _VIEWS = 256
 """Views that a workspace remembers; tensors of many shapes make new ones all the time."""
 
 
+KEPT_BYTES = 48 << 20
+"""Of what a workspace keeps from block to block: the factors that the adapters of a tensor need."""
+
+
 class Landing(NamedTuple):
     """A buffer that a file is read into: as bytes, and as numbers."""
 
@@ -46,6 +50,8 @@ class Workspace:
         self._turn = 0
         self._buffers: dict[Any, Tensor] = {}
         self._views: dict[Any, Any] = {}  # making one takes as long as adding thousands of numbers
+        self._kept: dict[Any, Tensor] = {}
+        self._kept_bytes = 0
 
     def numbers(self, name: Any, shape: tuple[int, ...]) -> Tensor:
         """Numbers of the accumulation dtype, on the device."""
@@ -101,6 +107,17 @@ class Workspace:
             self._lane.fetch(rounded, merged)
             self._lane.mark().wait()
         room.copy_(merged)
+
+    def kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned for this key; what was not asked for lately is forgotten, beyond `KEPT_BYTES` in all."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = make()
+            self._kept_bytes += found.nbytes
+        self._kept[key] = found  # the last that was asked for is at the end
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return found
 
     def staging(self, name: Any, nbytes: int) -> Tensor:
         """`nbytes` bytes in main memory, pinned where that speeds copies to the device."""

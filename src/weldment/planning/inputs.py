@@ -62,5 +62,6 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
         f"tensor names of {' and '.join(found)} were matched to {reference} by prefix: {change}"
         for change, found in renamed.items()
     ]
+    notes += [note for checkpoint in models.values() for note in checkpoint.notes]
     base = recipe.base_model if takes_part else None
     return Inputs(recipe, method, models, tuple(experts), base, reference, tensors, tuple(notes))

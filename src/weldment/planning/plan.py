@@ -50,7 +50,7 @@ class TensorJob:
 
     @property
     def read_bytes(self) -> int:
-        return sum(entry.nbytes for _, entry in self.inputs)
+        return sum(entry.read_bytes for _, entry in self.inputs)
 
     def record(self) -> dict[str, Any]:
         """What determines the output's bytes, as JSON-able values (file places left out)."""

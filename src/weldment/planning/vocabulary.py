@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from weldment.checkpoint.model import Checkpoint
@@ -48,15 +47,13 @@ def _tokenizer(model: Checkpoint) -> bytes | None:
     """The content of `tokenizer.json`; it is downloaded if need be, for it decides whether the weights are wanted."""
     if _TOKENIZER not in model.side_files:
         return None
-    if model.root is not None:
-        path = model.root / _TOKENIZER
-    elif model.repo is not None and model.revision is not None:
+    if (path := model.side_path(_TOKENIZER)) is not None:
+        return path.read_bytes()
+    if model.repo is not None and model.revision is not None:
         from weldment.checkpoint.hub import fetch
 
-        path = fetch(model.repo, _TOKENIZER, model.revision)
-    else:
-        return None
-    return Path(path).read_bytes()
+        return fetch(model.repo, _TOKENIZER, model.revision).read_bytes()
+    return None
 
 
 def vocabulary(raw: bytes) -> Vocabulary:

@@ -11,14 +11,20 @@ from weldment.methods import METHODS, Parameter
 from weldment.recipe.dialects import refuse_foreign
 from weldment.recipe.inputs import IMPLIED, experts_of, misfits, slice_experts
 from weldment.recipe.parameters import is_conditional
+from weldment.recipe.peft_call import build_call, is_call
 from weldment.recipe.recipe import ModelInput, Recipe, Settings, Slice, SliceSource
 from weldment.recipe.schema import RecipeSection, check_shape
 from weldment.recipe.settings import Findings, Steps, settings_by_path
 from weldment.recipe.words import Place, shown, suggestion, yaml_path
 
+NO_CHANGE = "\0no change"
+"""Stands for a base of adapters; no model has this name."""
+
 
 def build_recipe(document: Mapping[str, Any], place: Place) -> tuple[Recipe | None, list[RecipeError]]:
     """The recipe that a plain document describes, or None and all that is wrong with it."""
+    if is_call(document):
+        return build_call(document, place)
     try:
         refuse_foreign(document, place)
     except RecipeError as error:
@@ -29,12 +35,30 @@ def build_recipe(document: Mapping[str, Any], place: Place) -> tuple[Recipe | No
     if section is None or (section.models is None) == (section.slices is None):
         return None, findings.problems
     recipe = _Builder(section, settings, place).recipe(document)
-    problems, notes = misfits(recipe, place)
+    problems, notes = misfits(_with_base(recipe), place)
     findings.problems += [*problems, *_unknown_models(section, recipe, place)]
     findings.problems += missing_parameters(recipe, place)
     if findings.problems:
-        return None, findings.problems
+        return None, [*baseless(recipe), *findings.problems]
     return replace(recipe, notes=(*findings.notes, *dict.fromkeys(notes), *_dtype_notes(recipe))), []
+
+
+def baseless(recipe: Recipe) -> list[RecipeError]:
+    """The error of a recipe without the base that its method needs.
+
+    It stands unless all models are adapters, for which the base is no change at all; the recipe alone does not
+    show that.
+    """
+    if recipe.base_model is not None or METHODS[recipe.method].base != "required":
+        return []
+    return misfits(recipe, Place(recipe.origin))[0]
+
+
+def _with_base(recipe: Recipe) -> Recipe:
+    """The recipe with a base where adapters alone would have one: no change, or the first of the models."""
+    if recipe.slices or not baseless(recipe):
+        return recipe
+    return replace(recipe, base_model=recipe.models[0].model if METHODS[recipe.method].base_is_model else NO_CHANGE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,9 @@ class _Builder:
             name=section.name,
             tokenizer=_tokenizer(document),
             chat_template=section.chat_template,
+            output=section.output,
+            space=section.space,
+            rank=section.rank,
             heads=section.heads,
             take=section.take,
             drop=section.drop,

@@ -25,11 +25,6 @@ FOREIGN = (
         "Write it with `models`, `base_model` and `merge_method`",
     ),
     Dialect(
-        "a PEFT adapter combination",
-        frozenset({"adapters", "combination_type"}),
-        "Write it with `models`, `merge_method` and a `weight` for each model",
-    ),
-    Dialect(
         "a mixture-of-experts configuration",
         frozenset({"gate_mode", "experts", "experts_per_token"}),
         "Merging into one dense model takes `models` and `merge_method`",

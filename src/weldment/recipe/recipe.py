@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SEED = "a whole number from 0 to 2**63 - 1"
 """What a seed is, for messages."""
+
+OUTPUTS = ("adapter", "model")
+SPACES = ("delta", "core", "factors", "cat")
+RANKS = ("auto", "full")
 
 Settings = Mapping[str, Any]
 """Parameters as written: name -> scalar, gradient (list of scalars) or list of {filter, value}."""
@@ -155,4 +159,8 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
         "heads": list(recipe.heads),
         "take": dict(recipe.take),
         "drop": list(recipe.drop),
+        "output": recipe.output,
+        "space": recipe.space,
+        "rank": recipe.rank,
+        "combination": None if recipe.combination is None else asdict(recipe.combination),
     }

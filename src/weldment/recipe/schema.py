@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from weldment.checkpoint import dtypes
 from weldment.errors import RecipeError
 from weldment.methods import METHODS
-from weldment.recipe.recipe import SEED, is_seed
+from weldment.recipe.recipe import OUTPUTS, RANKS, SEED, SPACES, is_seed
 from weldment.recipe.settings import known_parameters
 from weldment.recipe.words import Place, shown, suggestion
 
@@ -110,6 +110,25 @@ def _seed(value: object) -> object:
     if not is_seed(value):
         raise _RefusedError(f"{shown(value)} is not a seed: {SEED}")
     return value
+
+
+def _output(value: object) -> object:
+    if value not in OUTPUTS:
+        raise _RefusedError(f"{shown(value)} is not what a merge of adapters can give", "Write adapter or model")
+    return value
+
+
+def _space(value: object) -> object:
+    if value not in SPACES:
+        cause = f"{shown(value)} is not a space that adapters can be merged in"
+        raise _RefusedError(cause, suggestion(str(value), SPACES))
+    return value
+
+
+def _rank(value: object) -> object:
+    if value in RANKS or (_whole_number(value) and isinstance(value, int) and value >= 1):
+        return value
+    raise _RefusedError(f"{shown(value)} is not a rank", "Write a whole number of at least 1, auto or full")
 
 
 def _merge_name(value: object) -> object:
@@ -221,6 +240,9 @@ class RecipeSection(_Section):
     tokenizer: TokenizerSection | None = None
     tokenizer_source: Text = None
     chat_template: Text = None
+    output: Annotated[str | None, BeforeValidator(_output)] = None
+    space: Annotated[str | None, BeforeValidator(_space)] = None
+    rank: Annotated[int | str | None, BeforeValidator(_rank)] = None
     heads: Patterns = ()
     take: Annotated[dict[str, Reference], BeforeValidator(_or_empty)] = Field(default_factory=dict)
     drop: Patterns = ()
@@ -301,6 +323,10 @@ def _contradictions(section: RecipeSection, place: Place) -> list[RecipeError]:
     if section.tokenizer is not None and section.tokenizer_source is not None:
         fix = "Write `source` under `tokenizer`"
         found.append(place.at("tokenizer_source").problem("`tokenizer` is given too", fix))
+    idle = [key for key in ("space", "rank") if section.output == "model" and getattr(section, key) is not None]
+    for key in idle:
+        cause = f"`{key}` says how the merged adapter is made, and `output: model` makes none"
+        found.append(place.at(key).problem(cause, "Remove one of the two"))
     return found + _unequal_slices(section, place)
 
 
