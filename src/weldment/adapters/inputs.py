@@ -16,8 +16,8 @@ from weldment.planning.roles import matches
 from weldment.recipe import experts_of
 from weldment.recipe.recipe import ModelInput, Recipe
 
-Part = TypeVar("Part", Layer, TensorEntry)
-Parts = dict[str, dict[str, Part]]
+Piece = TypeVar("Piece", Layer, TensorEntry)
+Parts = dict[str, dict[str, Piece]]
 """By adapter: its layers or saved tensors by their common names."""
 
 
@@ -96,11 +96,11 @@ def gather_adapters(recipe: Recipe, adapters: Mapping[str, Adapter]) -> AdapterI
 
 
 def _common(
-    found: Mapping[str, Mapping[str, Part]], shape: Callable[[Part], tuple[int, ...]], notes: list[str]
-) -> Parts[Part]:
+    found: Mapping[str, Mapping[str, Piece]], shape: Callable[[Piece], tuple[int, ...]], notes: list[str]
+) -> Parts[Piece]:
     """The parts of all adapters, their names matched to those of the adapters before them."""
     known: dict[str, tuple[int, ...]] = {}
-    common: Parts[Part] = {}
+    common: Parts[Piece] = {}
     for reference, parts in found.items():
         names, renames = align({name: shape(part) for name, part in parts.items()}, known)
         common[reference] = {names[name]: part for name, part in parts.items()}

@@ -120,9 +120,9 @@ def _rank_notes(plan: AdapterPlan) -> list[str]:
     if cut and wanted != "auto":
         named = _modules([module.name for module in cut])
         most = max(plan.room(module) for module in cut)
-        notes.append(
-            f"{named}: the result can have rank up to {most} and is cut to {cut[0].rank}; the merge says what is lost"
-        )
+        low, high = min(module.rank for module in cut), max(module.rank for module in cut)
+        to = f"{low}" if low == high else f"{low} to {high}"
+        notes.append(f"{named}: the result can have rank up to {most} and is cut to {to}; the merge says what is lost")
     return notes
 
 
