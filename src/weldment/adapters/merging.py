@@ -21,11 +21,11 @@ from weldment.adapters.memory import is_dense
 from weldment.adapters.plan import AdapterPlan, Module, SavedTensor
 from weldment.adapters.settings import pattern_of, with_ranks
 from weldment.adapters.spaces import Kernel
-from weldment.adapters.with_heads import write_with_heads
-from weldment.adapters.writing import AdapterFolder
+from weldment.adapters.writing import AdapterWriter
 from weldment.checkpoint.dtypes import torch_dtype
 from weldment.engine.progress import Progress
 from weldment.errors import NonFiniteError
+from weldment.planning.build import head_file
 from weldment.planning.misfits import some
 
 if TYPE_CHECKING:
@@ -37,14 +37,12 @@ class Outcome:
     """What a merge of adapters made.
 
     Attributes:
-        tensors: by their names in the file.
         ranks: by module.
         lost: relative error of the cut to the rank, by module.
         energies: squared Frobenius norms of the changes before the cut, by module.
         wrong: modules and saved tensors that have NaN or infinity.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     energies: dict[str, float] = field(default_factory=dict)
@@ -92,21 +90,24 @@ def merge_adapters(
     """
     progress.begin(plan.read_bytes, 0)
     outcome = Outcome()
-    with _one_thread_each():
-        for module, merged in _merged_layers(plan, threads):
-            _add(module, merged, outcome)
-            progress.advance(module.name, module.read_bytes)
-        for saved in plan.saved:
-            outcome.tensors[f"{PREFIX}{saved.stored_name}"] = tensor = _saved_tensor(plan, saved, threads)
-            outcome.wrong += [] if torch.isfinite(tensor).all() else [saved.name]
-            progress.advance(saved.name, saved.read_bytes)
-    _judge(outcome, progress, allow_nonfinite=allow_nonfinite)
-    progress.message(outcome.summary())
-    config = with_ranks(plan.config, {pattern_of(plan, module): outcome.ranks[module.name] for module in plan.modules})
-    folder = AdapterFolder(
-        config, outcome.tensors, adapter_card(plan), adapter_manifest(plan, outcome.ranks, outcome.lost)
-    )
-    return write_with_heads(out, folder, plan.heads, overwrite=overwrite), outcome.lost
+    with AdapterWriter(out, overwrite=overwrite) as writer:
+        with _one_thread_each():
+            for module, merged in _merged_layers(plan, threads):
+                _add(module, merged, outcome, writer)
+                progress.advance(module.name, module.read_bytes)
+            for saved in plan.saved:
+                tensor = _saved_tensor(plan, saved, threads)
+                writer.add(f"{PREFIX}{saved.stored_name}", tensor)
+                outcome.wrong += [] if torch.isfinite(tensor).all() else [saved.name]
+                progress.advance(saved.name, saved.read_bytes)
+        _judge(outcome, progress, allow_nonfinite=allow_nonfinite)
+        progress.message(outcome.summary())
+        for name, entries in plan.heads.items():
+            for entry in entries:
+                writer.add(entry.name.removeprefix(PREFIX), load(entry, torch_dtype(entry.dtype)), head_file(name))
+        ranks = {pattern_of(plan, module): outcome.ranks[module.name] for module in plan.modules}
+        record = adapter_manifest(plan, outcome.ranks, outcome.lost)
+        return writer.publish(with_ranks(plan.config, ranks), adapter_card(plan), record), outcome.lost
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def _in_parallel(
                 future.cancel()
 
 
-def _add(module: Module, merged: Merged, outcome: Outcome) -> None:
+def _add(module: Module, merged: Merged, outcome: Outcome, writer: AdapterWriter) -> None:
     embedding = module.pattern.embedding
     names = {
         "A": "lora_embedding_A" if embedding else "lora_A.weight",
@@ -159,7 +160,7 @@ def _add(module: Module, merged: Merged, outcome: Outcome) -> None:
         "magnitude": "lora_magnitude_vector",
     }
     for part, tensor in merged.parts.items():
-        outcome.tensors[f"{PREFIX}{module.stored_name}.{names[part]}"] = tensor
+        writer.add(f"{PREFIX}{module.stored_name}.{names[part]}", tensor)
     outcome.ranks[module.name] = merged.rank
     outcome.lost[module.name] = merged.lost
     outcome.energies[module.name] = merged.energy
