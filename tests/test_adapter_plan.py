@@ -12,9 +12,9 @@ import torch
 from folders import weld, write_model, write_recipe
 from lora_folders import MODULES, SIZES, adapters_recipe, write_lora
 from weldment import CheckpointError, PlanError, RecipeError, plan
-from weldment.adapters.memory import fit_adapters, peak_bytes
-from weldment.adapters.plan import AdapterPlan
-from weldment.adapters.recognising import adapters_of, as_models
+from weldment.adapters.merge.memory import fit_adapters, peak_bytes
+from weldment.adapters.merge.plan import AdapterPlan
+from weldment.adapters.merge.recognising import adapters_of, as_models
 from weldment.errors import UserError
 from weldment.recipe import load_recipes
 

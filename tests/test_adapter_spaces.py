@@ -10,9 +10,9 @@ from torch import Tensor
 
 from test_contract import TYPICAL, count, expected
 from weldment import METHODS, merge_tensors
-from weldment.adapters.coefficients import coefficients
 from weldment.adapters.lowrank import Factors
-from weldment.adapters.spaces import (
+from weldment.adapters.merge.coefficients import coefficients
+from weldment.adapters.merge.spaces import (
     Change,
     Kernel,
     Span,
@@ -99,7 +99,7 @@ def test_dense_changes_do_not_depend_on_how_many_rows_are_taken(
     monkeypatch: pytest.MonkeyPatch, transposed: bool
 ) -> None:
     wanted = dense(change(0), torch.float64, transposed=transposed)
-    monkeypatch.setattr("weldment.adapters.spaces._ROWS", 40)
+    monkeypatch.setattr("weldment.adapters.merge.spaces._ROWS", 40)
     found = dense(change(0), torch.float64, transposed=transposed)
     assert error(found, wanted) <= 1e-15
     assert error(wanted.T if transposed else wanted, whole(change(0))) <= 1e-15

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paths import GOLDEN, needs_golden
-from weldment.adapters.combination import TYPES, check, combine_layer
 from weldment.adapters.loading import factors
 from weldment.adapters.opening import open_adapter_folder
+from weldment.adapters.peft.combination import TYPES, check, combine_layer
 from weldment.errors import RecipeError
 from weldment.methods.masks import keep_mask, levels_of, quantised, tensor_key
 from weldment.recipe.peft_call import build_call

@@ -27,10 +27,10 @@ from models import (
     read_state,
     save_state,
 )
-from weldment.adapters.extraction import rank_pattern, target_modules
+from weldment.adapters.extract.extraction import rank_pattern, target_modules
+from weldment.adapters.extract.pairing import kind_of
 from weldment.adapters.loading import delta
 from weldment.adapters.opening import find_adapter
-from weldment.adapters.pairing import kind_of
 
 LAYERS = ("q_proj", "up_proj")
 

@@ -25,7 +25,7 @@ from weldment.errors import (
 from weldment.version import __version__
 
 if TYPE_CHECKING:
-    from weldment.adapters.live import add_weighted_adapter
+    from weldment.adapters.peft.live import add_weighted_adapter
     from weldment.extraction import extract
     from weldment.memory import merge_tensors
     from weldment.merging import MergeResult, merge, plan
@@ -61,7 +61,7 @@ _LAZY = {
     "METHODS": "weldment.methods",
     "MergeResult": "weldment.merging",
     "Plan": "weldment.planning.plan",
-    "add_weighted_adapter": "weldment.adapters.live",
+    "add_weighted_adapter": "weldment.adapters.peft.live",
     "extract": "weldment.extraction",
     "merge": "weldment.merging",
     "merge_tensors": "weldment.memory",

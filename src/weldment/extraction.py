@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from weldment.adapters.adapter import PREFIX
-from weldment.adapters.extraction import Examined, ExtractedLayer, Settings, adapter_config, examine
-from weldment.adapters.extraction_report import Extraction
+from weldment.adapters.extract.extraction import Examined, ExtractedLayer, Settings, adapter_config, examine
+from weldment.adapters.extract.extraction_report import Extraction
+from weldment.adapters.extract.pairing import Choice, Pair, pair_up
 from weldment.adapters.lowrank import ENERGY
 from weldment.adapters.opening import is_adapter_folder
-from weldment.adapters.pairing import Choice, Pair, pair_up
 from weldment.adapters.writing import AdapterFolder, write_adapter
 from weldment.checkpoint.dtypes import RECIPE, torch_dtype
 from weldment.checkpoint.model import Checkpoint

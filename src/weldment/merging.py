@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from weldment.adapters.adapter import Adapter
-from weldment.adapters.building import plan_adapters
-from weldment.adapters.memory import fit_adapters
+from weldment.adapters.merge.building import plan_adapters
+from weldment.adapters.merge.memory import fit_adapters
+from weldment.adapters.merge.plan import AdapterPlan
+from weldment.adapters.merge.recognising import adapters_of, as_models
 from weldment.adapters.opening import open_model
-from weldment.adapters.plan import AdapterPlan
-from weldment.adapters.recognising import adapters_of, as_models
 from weldment.checkpoint.layout import SHARD_BYTES
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.staging import Staging, check_output
@@ -178,7 +178,7 @@ def _merge_adapters(
     planned: AdapterPlan, out: Path, threads: int, overwrite: bool, allow_nonfinite: bool, progress: Progress
 ) -> MergeResult:
     # Plans, and merges of full models, do without the code that calculates with adapters.
-    from weldment.adapters.merging import merge_adapters
+    from weldment.adapters.merge.merging import merge_adapters
 
     for note in planned.notes:
         progress.message(f"note: {note}")

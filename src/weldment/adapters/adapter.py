@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from weldment.adapters.applying.parameters import Target, targets
 from weldment.adapters.config import AdapterConfig
-from weldment.adapters.parameters import Target, targets
 from weldment.checkpoint.dtypes import is_float
 from weldment.checkpoint.model import TensorEntry, WeightFile
 from weldment.errors import CheckpointError

@@ -121,7 +121,7 @@ def open_model(reference: str, *, where: str | None = None, stages: Collection[s
             fix = f"Write the result of {base} to a folder in a merge of its own, and name that"
             raise CheckpointError(f"{base} is an intermediate merge, to which no adapter can be applied", fix=fix)
         # Most recipes name no adapters.
-        from weldment.adapters.application import apply
+        from weldment.adapters.applying.application import apply
 
         return apply(open_checkpoint(base), [open_adapter(adapter) for adapter in adapters], reference)
     except CheckpointError as error:

@@ -13,13 +13,13 @@ from weldment.cli.console import columns, count, plural, size, styled
 from weldment.cli.plan import Forecast, table_width
 
 if TYPE_CHECKING:
-    from weldment.adapters.plan import AdapterPlan, Module
+    from weldment.adapters.merge.plan import AdapterPlan, Module
     from weldment.cli.plan_table import Settings
 
 
 def adapter_forecast(planned: AdapterPlan, out: Path, threads: int) -> Forecast:
     """What a merge of adapters into `out` will take."""
-    from weldment.adapters.memory import peak_bytes
+    from weldment.adapters.merge.memory import peak_bytes
     from weldment.checkpoint.staging import free_bytes
 
     return Forecast(
@@ -46,7 +46,7 @@ def show_adapters(
 
 def adapter_record(planned: AdapterPlan) -> dict[str, Any]:
     """The plan as JSON-able data, with the ledger."""
-    from weldment.adapters.card import fates, input_files
+    from weldment.adapters.merge.card import fates, input_files
 
     return {
         "plan": planned.hash,

@@ -11,7 +11,7 @@ import typer
 from weldment.cli.merge import JsonOption, QuietOption
 
 if TYPE_CHECKING:
-    from weldment.adapters.extraction import ExtractedLayer
+    from weldment.adapters.extract.extraction import ExtractedLayer
     from weldment.extraction import ExtractionResult
 
 

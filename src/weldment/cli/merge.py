@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from weldment.adapters.plan import AdapterPlan
+    from weldment.adapters.merge.plan import AdapterPlan
     from weldment.merging import MergeResult
     from weldment.planning.plan import Plan
 
@@ -99,7 +99,7 @@ def command(
 
 def _check(planned: Plan | AdapterPlan, recipe: Path, out: Path, *, overwrite: bool) -> None:
     """OutputError if the output may not stand at `out`."""
-    from weldment.adapters.plan import AdapterPlan
+    from weldment.adapters.merge.plan import AdapterPlan
     from weldment.merging import check_target
 
     if isinstance(planned, AdapterPlan):
@@ -120,8 +120,8 @@ def _show(
     quiet: bool,
 ) -> None:
     """Print the plan as it would run with these limits."""
-    from weldment.adapters.memory import fit_adapters
-    from weldment.adapters.plan import AdapterPlan
+    from weldment.adapters.merge.memory import fit_adapters
+    from weldment.adapters.merge.plan import AdapterPlan
     from weldment.cli.adapter_plan import adapter_forecast, show_adapters
     from weldment.cli.plan import forecast, show
     from weldment.engine.memory import fit
@@ -145,7 +145,7 @@ def _how_to_go_on(out: Path) -> str:
 def _report(result: MergeResult, seconds: float, *, as_json: bool, quiet: bool) -> None:
     import json
 
-    from weldment.adapters.plan import AdapterPlan
+    from weldment.adapters.merge.plan import AdapterPlan
     from weldment.cli.adapter_plan import adapter_record
     from weldment.cli.console import duration, size
     from weldment.cli.plan import plan_record

@@ -30,7 +30,7 @@ def command(
     No weights are read, and nothing is written. Of models on the Hub, configurations and
     tokenizer.json are downloaded, and weights only where they are PyTorch files.
     """
-    from weldment.adapters.plan import AdapterPlan
+    from weldment.adapters.merge.plan import AdapterPlan
     from weldment.cli.adapter_plan import adapter_forecast, show_adapters
     from weldment.cli.console import parse_size
     from weldment.engine.run import default_threads

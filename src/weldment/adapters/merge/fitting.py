@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from weldment.adapters.adapter import Adapter, Layer
-from weldment.adapters.inputs import AdapterInputs
+from weldment.adapters.merge.inputs import AdapterInputs
 from weldment.planning.misfits import some
 from weldment.planning.roles import input_embedding, is_head
 from weldment.planning.vocabulary import vocabulary

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weldment.adapters.adapter import PREFIX
+from weldment.adapters.extract.pairing import Pair, Pairing
 from weldment.adapters.loading import load
 from weldment.adapters.lowrank import ENERGY, Factors, decomposed
-from weldment.adapters.pairing import Pair, Pairing
 from weldment.checkpoint.compare import same_bytes
 from weldment.checkpoint.dtypes import ITEM_BYTES, is_float, torch_dtype
 from weldment.checkpoint.model import Checkpoint, TensorEntry

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from weldment.adapters.adapter import Adapter, Layer
-from weldment.adapters.coefficients import coefficients, uses_base
-from weldment.adapters.fitting import check_fit
-from weldment.adapters.inputs import AdapterInputs, gather_adapters, parts_of
-from weldment.adapters.meaning import check_meaning, notes_on
-from weldment.adapters.plan import AdapterPlan, Module, possible_rank
-from weldment.adapters.saving import kept_heads, saved_tensors
-from weldment.adapters.settings import base_config
+from weldment.adapters.merge.coefficients import coefficients, uses_base
+from weldment.adapters.merge.fitting import check_fit
+from weldment.adapters.merge.inputs import AdapterInputs, gather_adapters, parts_of
+from weldment.adapters.merge.meaning import check_meaning, notes_on
+from weldment.adapters.merge.plan import AdapterPlan, Module, possible_rank
+from weldment.adapters.merge.saving import kept_heads, saved_tensors
+from weldment.adapters.merge.settings import base_config
 from weldment.errors import PlanError, RecipeError, WeldmentError, joined
 from weldment.methods import METHODS
 from weldment.planning.layers import depths, position

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from weldment.adapters.adapter import Adapter, Layer
-from weldment.adapters.inputs import AdapterInputs
-from weldment.adapters.plan import AdapterPlan, Module
+from weldment.adapters.merge.inputs import AdapterInputs
+from weldment.adapters.merge.plan import AdapterPlan, Module
 
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys that narrow down what `target_modules` selects."""

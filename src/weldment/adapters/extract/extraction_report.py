@@ -12,8 +12,8 @@ import numpy
 import torch
 import yaml
 
-from weldment.adapters.extraction import Examined, ExtractedLayer, Settings
-from weldment.adapters.pairing import Pairing
+from weldment.adapters.extract.extraction import Examined, ExtractedLayer, Settings
+from weldment.adapters.extract.pairing import Pairing
 from weldment.checkpoint.dtypes import ITEM_BYTES
 from weldment.checkpoint.model import Checkpoint
 from weldment.report.manifest import FORMAT

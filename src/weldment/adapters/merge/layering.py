@@ -12,8 +12,8 @@ import torch
 from weldment.adapters.adapter import Layer
 from weldment.adapters.loading import factors, load
 from weldment.adapters.lowrank import ENERGY, Factors, factorised
-from weldment.adapters.plan import AdapterPlan, Module
-from weldment.adapters.spaces import (
+from weldment.adapters.merge.plan import AdapterPlan, Module
+from weldment.adapters.merge.spaces import (
     Change,
     Kernel,
     in_core,
@@ -139,7 +139,7 @@ def _product(plan: AdapterPlan, module: Module, inputs: _Inputs, kernel: Kernel)
     recipe = plan.recipe
     if recipe.combination is not None:
         # Not needed, and not loaded, for recipes of the native dialect.
-        from weldment.adapters.combination import combine_layer
+        from weldment.adapters.peft.combination import combine_layer
 
         weights = module.parameters["weight"]
         return _whole(*combine_layer(recipe.combination, inputs.changes, weights, seed=recipe.seed, name=module.name))

@@ -10,7 +10,7 @@ import numpy
 import torch
 import yaml
 
-from weldment.adapters.plan import AdapterPlan
+from weldment.adapters.merge.plan import AdapterPlan
 from weldment.report.manifest import FORMAT
 from weldment.version import __version__
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from weldment.adapters.adapter import Adapter
-from weldment.adapters.changes import Change, changes
-from weldment.adapters.heads import with_tied_head
-from weldment.adapters.matching import Match, match
-from weldment.adapters.replacements import is_new, replacements
+from weldment.adapters.applying.changes import Change, changes
+from weldment.adapters.applying.heads import with_tied_head
+from weldment.adapters.applying.matching import Match, match
+from weldment.adapters.applying.replacements import is_new, replacements
 from weldment.checkpoint.compare import same_bytes
 from weldment.checkpoint.model import Checkpoint, LowRank, TensorEntry, WeightFile
 from weldment.checkpoint.side_files import is_tokenizer_file

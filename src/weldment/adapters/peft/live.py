@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from weldment.adapters.config import parse_config
-from weldment.adapters.live_layers import MergedLayer, combined, has_adapter, lora_layers, write
+from weldment.adapters.peft.live_layers import MergedLayer, combined, has_adapter, lora_layers, write
 from weldment.errors import MergeError, RecipeError, UserError, joined
 from weldment.recipe.peft_call import build_call
 from weldment.recipe.recipe import Combination

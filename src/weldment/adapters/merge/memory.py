@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from weldment.adapters.plan import AdapterPlan, Module
+from weldment.adapters.merge.plan import AdapterPlan, Module
 from weldment.engine.memory import PROCESS_BYTES, pick_device
 from weldment.engine.run import default_threads
 from weldment.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from weldment.adapters.adapter import Adapter, Layer
-from weldment.adapters.matching import Match, View
+from weldment.adapters.applying.matching import Match, View
 from weldment.checkpoint.model import Added, LowRank
 from weldment.errors import CheckpointError
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from weldment.adapters.adapter import PREFIX
-from weldment.adapters.card import adapter_card, adapter_manifest
-from weldment.adapters.layering import Merged, merge_layer
 from weldment.adapters.loading import load
-from weldment.adapters.memory import is_dense
-from weldment.adapters.plan import AdapterPlan, Module, SavedTensor
-from weldment.adapters.settings import pattern_of, with_ranks
-from weldment.adapters.spaces import Kernel
+from weldment.adapters.merge.card import adapter_card, adapter_manifest
+from weldment.adapters.merge.layering import Merged, merge_layer
+from weldment.adapters.merge.memory import is_dense
+from weldment.adapters.merge.plan import AdapterPlan, Module, SavedTensor
+from weldment.adapters.merge.settings import pattern_of, with_ranks
+from weldment.adapters.merge.spaces import Kernel
 from weldment.adapters.writing import AdapterWriter
 from weldment.checkpoint.dtypes import torch_dtype
 from weldment.engine.progress import Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from weldment.adapters.inputs import AdapterInputs
-from weldment.adapters.plan import SavedTensor
+from weldment.adapters.merge.inputs import AdapterInputs
+from weldment.adapters.merge.plan import SavedTensor
 from weldment.checkpoint.model import Checkpoint, TensorEntry
 from weldment.errors import PlanError, RecipeError, WeldmentError
 from weldment.methods import METHODS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weldment.adapters.combination import TYPES, combine_layer
+from weldment.adapters.peft.combination import TYPES, combine_layer
 from weldment.errors import NonFiniteError, UserError
 from weldment.recipe.recipe import Combination
 

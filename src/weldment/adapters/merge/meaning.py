@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from weldment.adapters.inputs import AdapterInputs
-from weldment.adapters.plan import AdapterPlan, Module
+from weldment.adapters.merge.inputs import AdapterInputs
+from weldment.adapters.merge.plan import AdapterPlan, Module
 from weldment.methods import METHODS
 from weldment.planning.misfits import some
 

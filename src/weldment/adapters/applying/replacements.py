@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weldment.adapters.adapter import Adapter
-from weldment.adapters.matching import Match
+from weldment.adapters.applying.matching import Match
 from weldment.checkpoint.model import Checkpoint, TensorEntry
 from weldment.errors import CheckpointError
 from weldment.planning.roles import input_embedding, is_head
