@@ -36,6 +36,11 @@ def load(entry: TensorEntry, dtype: torch.dtype = torch.float64) -> Tensor:
     return buffer.view(torch_dtype(entry.dtype)).view(entry.shape).to(dtype)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among them."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def factors(layer: Layer, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """(B, A) of a layer as matrices: (outputs, r) and (r, inputs), the scale not applied.
 

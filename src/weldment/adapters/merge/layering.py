@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weldment.adapters.adapter import Layer
-from weldment.adapters.loading import factors, load
+from weldment.adapters.loading import all_finite, factors, load
 from weldment.adapters.lowrank import ENERGY, Factors, factorised
 from weldment.adapters.merge.plan import AdapterPlan, Module
 from weldment.adapters.merge.spaces import (
@@ -38,7 +38,7 @@ class Merged:
         parts: "A", "B", and where there are any "B.bias" and "magnitude", as they are stored.
         rank: of one matrix.
         lost: relative error of the cut to the rank, in the Frobenius norm.
-        energy: squared Frobenius norm of what was cut.
+        energy: squared Frobenius norm of what was cut; 0 if nothing was.
         is_finite: whether the parts have neither NaN nor infinity.
     """
 
@@ -91,7 +91,7 @@ def merge_layer(plan: AdapterPlan, module: Module, threads: int = 1) -> Merged:
     copied = module.copied
     if copied is not None and copied.magnitude is not None:
         parts["magnitude"] = load(copied.magnitude, dtype)
-    is_finite = all(bool(torch.isfinite(part).all()) for part in parts.values())
+    is_finite = all(bool(all_finite(part)) for part in parts.values())
     return Merged(parts, rank, math.sqrt(gone / energy) if energy > 0.0 else 0.0, energy, is_finite)
 
 
@@ -106,7 +106,7 @@ def _loaded(layer: Layer | None) -> tuple[Tensor, Tensor] | None:
         return None
     b, a = factors(layer)
     for values, entry in ((b, layer.b), (a, layer.a)):
-        if not torch.isfinite(values).all():
+        if not all_finite(values):
             cause = f"tensor {entry.name!r} holds NaN or infinity, and nothing can be calculated from them"
             raise NonFiniteError(cause, where=str(entry.file.path), fix="Leave this adapter out, or train it again")
     return b, a
@@ -187,7 +187,7 @@ def _in_factors(plan: AdapterPlan, module: Module, inputs: _Inputs, kernel: Kern
 
 
 def _whole(b: Tensor, a: Tensor) -> _Product:
-    return _Product(b, a, 0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+    return _Product(b, a, 0.0, 0.0)
 
 
 def _cut(plan: AdapterPlan, module: Module, found: Factors) -> _Product:
@@ -200,12 +200,16 @@ def _cut(plan: AdapterPlan, module: Module, found: Factors) -> _Product:
 def _padded(product: _Product, rank: int) -> tuple[Tensor, Tensor]:
     """B and A with zeros up to a rank."""
     missing = rank - product.b.shape[1]
+    if missing == 0:
+        return product.b, product.a
     pad = torch.nn.functional.pad
     return pad(product.b, (0, missing)), pad(product.a, (0, 0, 0, missing))
 
 
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """B (m, r E) and A (E r, n) of a stack of experts."""
+    if len(pairs) == 1:
+        return pairs[0]
     return torch.stack([b for b, _ in pairs], dim=2).flatten(1), torch.cat([a for _, a in pairs])
 
 

@@ -33,10 +33,11 @@ def layer_bytes(plan: AdapterPlan, module: Module) -> int:
 
 
 def peak_bytes(plan: AdapterPlan, threads: int) -> int:
-    """Forecast of the peak resident memory: the result, thrice while it is written, and the layers in work."""
+    """Forecast of the peak resident memory: the layers in work, and those that wait to be written."""
     dense = max((layer_bytes(plan, m) for m in plan.modules if is_dense(plan, m)), default=0)
     light = max((layer_bytes(plan, m) for m in plan.modules if not is_dense(plan, m)), default=0)
-    return PROCESS_BYTES + 3 * plan.write_bytes + max(dense, threads * light)
+    waiting = 2 * threads * plan.write_bytes // max(1, len(plan.modules) + len(plan.saved))
+    return PROCESS_BYTES + waiting + max(dense, threads * light)
 
 
 def fit_adapters(plan: AdapterPlan, device: str, threads: int | None, max_memory: int | None) -> int:
