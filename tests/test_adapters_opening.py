@@ -12,7 +12,7 @@ import weldment
 from adapter_folders import BASE, CONFIG, LORA, Q, adapter, base, tensors, tokenizer
 from weldment.adapters.opening import find_adapter, open_model, split_reference
 from weldment.checkpoint.model import Added, LowRank
-from weldment.errors import CheckpointError, PlanError
+from weldment.errors import CheckpointError, OutputError, PlanError
 
 
 @pytest.fixture
@@ -238,3 +238,19 @@ def test_an_intermediate_merge_takes_no_adapter(here: Path) -> None:
     last = {"models": [{"model": "first+lora"}], "merge_method": "linear"}
     with pytest.raises(CheckpointError, match=r"models\[0\]: first is an intermediate merge, to which no adapter can"):
         weldment.plan([first, last])
+
+
+@pytest.mark.parametrize("out", ["lora", "base", "."])
+def test_an_output_does_not_replace_what_it_is_made_of(here: Path, out: str) -> None:
+    recipe = {"merge_method": "passthrough", "models": ["base+lora"]}
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"is also an input|lies inside the output"):
+        weldment.merge(recipe, out, overwrite=True)
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_neighbour_is_named_before_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (here / "adapters").mkdir()
+    with pytest.raises(CheckpointError, match=r"adapters/nope: there is no 'nope' in the folder adapters"):
+        weldment.plan({"merge_method": "passthrough", "models": ["base+adapters/nope"]})

@@ -227,15 +227,14 @@ def _refuse_inputs(out: Path, models: Mapping[str, Input]) -> None:
     """Raise if the output would replace a folder that holds an input, or be copied with one."""
     target = out.resolve()
     for reference, model in models.items():
-        folder = model.root if isinstance(model, Checkpoint) else model.folder
-        if folder is None:
-            continue
-        root = Path(folder).resolve()
-        if target == root:
+        root, files = (model.root, model.weight_files) if isinstance(model, Checkpoint) else (model.folder, model.files)
+        own = None if root is None else Path(root).resolve()
+        folders = {file.path.resolve().parent for file in files if file.path is not None} | ({own} if own else set())
+        if target in folders:
             cause = f"the output is also an input ({reference})"
-        elif target in root.parents:
+        elif any(target in folder.parents for folder in folders):
             cause = f"an input ({reference}) lies inside the output folder"
-        elif root in target.parents and Path(reference).expanduser().is_dir():
+        elif own in target.parents and Path(reference).expanduser().is_dir():
             cause = f"the output lies inside an input ({reference}), whose files are copied"
         else:
             continue

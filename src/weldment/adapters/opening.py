@@ -9,7 +9,7 @@ from weldment.adapters.adapter import WEIGHTS, Adapter, read_layers
 from weldment.adapters.config import ADAPTER_CONFIG, parse_config
 from weldment.checkpoint.local import Folder, folder_source, is_weights, tensor_entries, weight_file
 from weldment.checkpoint.model import Checkpoint
-from weldment.checkpoint.opening import HUB_ID, exists, open_checkpoint, placed
+from weldment.checkpoint.opening import HUB_ID, exists, local_first, open_checkpoint, placed
 from weldment.errors import CheckpointError, HubError
 
 
@@ -91,7 +91,8 @@ def open_adapter(reference: str) -> Adapter:
     fix = "After the + of base+adapter, name a PEFT folder or org/name on the Hub"
     if exists(path):
         raise CheckpointError(f"is not an adapter: it has no {ADAPTER_CONFIG}", where=reference, fix=fix)
-    found = _on_the_hub(reference)
+    with local_first(path):
+        found = _on_the_hub(reference)
     if found is None:
         raise CheckpointError(f"there is no adapter {reference!r}", fix=fix)
     return found

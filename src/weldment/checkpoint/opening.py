@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from weldment.checkpoint.local import is_weights, open_file, open_folder
@@ -48,19 +50,30 @@ def _open(reference: str) -> Checkpoint:
     match = HUB_ID.fullmatch(reference)
     if match is None or is_weights(reference) or reference.endswith(".gguf"):
         raise _missing(reference, path)
-    is_neighbour = len(path.parts) == 2 and path.parent.is_dir() and match["revision"] is None
-    if is_neighbour and _nearest(path) is not None:
+    if _is_neighbour(path) and _nearest(path) is not None:
         raise _missing(reference, path)
     # Only models on the Hub need its library, which takes longer to import than to open a folder.
     from weldment.checkpoint.hub import open_repo
 
-    try:
+    with local_first(path):
         return open_repo(match["repo"], match["revision"])
+
+
+@contextmanager
+def local_first(path: Path) -> Iterator[None]:
+    """Let errors of the Hub say that the name is that of a file in a folder here, too, which does not exist."""
+    try:
+        yield
     except HubError as error:
-        if not is_neighbour:
+        if not _is_neighbour(path):
             raise
         cause = f"there is no {path.name!r} in the folder {path.parent}, and {error.cause}"
         raise HubError(cause, where=error.where, fix=error.fix) from error
+
+
+def _is_neighbour(path: Path) -> bool:
+    """Whether a name of two parts could be meant as a file or folder in a folder that exists here."""
+    return len(path.parts) == 2 and path.parent.is_dir() and "@" not in path.name
 
 
 def exists(path: Path) -> bool:
