@@ -55,16 +55,11 @@ def test_patterns_are_compared_with_the_name_of_the_parameter() -> None:
 
 def test_the_weight_of_a_module_that_is_named_as_a_parameter_is_that_of_the_module() -> None:
     shapes = {"mlp__gate__lora_A__weight": (4, 8), "mlp__gate__lora_B__weight": (3, 4)}
-    config = {"target_parameters": ["gate.weight", "down_proj"], "rank_pattern": {"gate.weight": 4}, "lora_alpha": 8}
-    layers, _ = read(config, **shapes)
+    config = {"target_parameters": ["gate.weight", "down_proj"], "rank_pattern": {"gate.weight": 4}}
+    layers, _ = read(config | {"alpha_pattern": {"gate.weight": 16, "gate": 8}}, **shapes)
     layer = layers["mlp.gate"]
-    assert (layer.tensor, layer.parameter, layer.experts, layer.rank, layer.scale) == (
-        "mlp.gate.weight",
-        False,
-        1,
-        4,
-        2,
-    )
+    assert (layer.tensor, layer.parameter, layer.experts) == ("mlp.gate.weight", False, 1)
+    assert (layer.rank, layer.scale) == (4, 4.0)
 
 
 def test_modules_beside_parameters() -> None:

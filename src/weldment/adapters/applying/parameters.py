@@ -45,8 +45,11 @@ def targets(modules: Collection[str], config: AdapterConfig, where: str) -> dict
         nested.setdefault(_unwrapped(module), []).append(module)
     found: dict[str, Target] = {}
     for module, saved in nested.items():
-        names = _ordered(_parameters(module, config), len(saved), f"{where}: {module}")
-        found |= {name: _target(module, parameter) for name, parameter in zip(saved, names, strict=True)}
+        named = _parameters(module, config)
+        names = _ordered(named, len(saved), f"{where}: {module}")
+        found |= {
+            name: _target(module, parameter, named=bool(named)) for name, parameter in zip(saved, names, strict=True)
+        }
     return {module: found[module] for module in modules}
 
 
@@ -88,8 +91,8 @@ def _ordered(parameters: list[str], count: int, where: str) -> list[str]:
     return sorted(parameters, key=_ORDER.index)
 
 
-def _target(module: str, parameter: str) -> Target:
+def _target(module: str, parameter: str, *, named: bool) -> Target:
     name = f"{module}.{parameter}"
-    if parameter == "weight":
-        return Target(module, module)
+    if parameter == "weight":  # a module that is named as such has patterns of its own name
+        return Target(module, name if named else module)
     return Target(name, name, parameter=True)
