@@ -151,6 +151,17 @@ def test_adapters_of_bases_of_another_size_are_refused(tmp_path: Path) -> None:
     assert f"6 modules ('{Q}', '{V}', ...): [12 x 8] in {a}, [16 x 16] in {b}" in text
 
 
+def test_adapters_of_other_bases_that_share_no_module_are_refused(tmp_path: Path) -> None:
+    """With one base that is a merge like any other: one adapter changes the attention, the other the rest."""
+    modules = {"encoder.layer.0.dense": (8, 12), "encoder.layer.1.dense": (8, 12)}
+    a = write_lora(tmp_path / "a")
+    b = write_lora(tmp_path / "b", modules=modules, base_model_name_or_path="org/encoder")
+    text = refused("linear", a, b)
+    assert f"different bases: org/base ({a}), org/encoder ({b}); no module of {a} and {b} is one of the others" in text
+    c = write_lora(tmp_path / "c", modules=modules)
+    assert len(planned("linear", a, c).modules) == len(MODULES) + 2
+
+
 def test_modules_that_some_adapters_do_not_change_are_counted(tmp_path: Path) -> None:
     a = write_lora(tmp_path / "a")
     b = write_lora(tmp_path / "b", modules={Q: (12, 8), "lm_head": (5, 8)})

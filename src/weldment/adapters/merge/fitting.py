@@ -53,7 +53,23 @@ def _check_bases(inputs: AdapterInputs) -> None:
         named.setdefault(wanted, []).append("the recipe")
     if len(names) > 1:
         listing = ", ".join(f"{base} ({' and '.join(holders)})" for base, holders in named.items())
-        inputs.notes.append(f"the adapters name different bases: {listing}; they should be one and the same model")
+        if strangers := _strangers(inputs):
+            cause = (
+                f"the adapters are of different bases: {listing}; no module of {_and(strangers)} is one of the others"
+            )
+            inputs.problem(cause, "Merge adapters of one and the same base", "models")
+        else:
+            inputs.notes.append(f"the adapters name different bases: {listing}; they should be one and the same model")
+
+
+def _strangers(inputs: AdapterInputs) -> list[str]:
+    """The adapters that change nothing that another one changes."""
+    found: list[str] = []
+    for reference, own in inputs.layers.items():
+        others = {module for other, layers in inputs.layers.items() if other != reference for module in layers}
+        if own and others and not own.keys() & others:
+            found.append(reference)
+    return found
 
 
 def _last(base: str) -> str:

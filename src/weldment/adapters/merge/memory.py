@@ -36,8 +36,8 @@ def peak_bytes(plan: AdapterPlan, threads: int) -> int:
     """Forecast of the peak resident memory: the layers in work, and those that wait to be written."""
     dense = max((layer_bytes(plan, m) for m in plan.modules if is_dense(plan, m)), default=0)
     light = max((layer_bytes(plan, m) for m in plan.modules if not is_dense(plan, m)), default=0)
-    waiting = 2 * threads * plan.write_bytes // max(1, len(plan.modules) + len(plan.saved))
-    return PROCESS_BYTES + waiting + max(dense, threads * light)
+    waiting = 2 * plan.write_bytes // max(1, len(plan.modules) + len(plan.saved))
+    return PROCESS_BYTES + max(dense + waiting, threads * (light + waiting))
 
 
 def fit_adapters(plan: AdapterPlan, device: str, threads: int | None, max_memory: int | None) -> int:
