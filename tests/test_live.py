@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import ARCHITECTURES, token_inputs
 from weldment import MergeError, NonFiniteError, UserError, add_weighted_adapter
-from weldment.adapters import live
+from weldment.adapters.peft import live
 from weldment.recipe.peft_call import TYPES
 
 Model = Any

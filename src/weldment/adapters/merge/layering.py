@@ -151,7 +151,7 @@ def _product(plan: AdapterPlan, module: Module, inputs: _Inputs, kernel: Kernel)
     if module.space == "core":
         return _cut(plan, module, in_core(inputs.changes, inputs.base, kernel, rank=module.rank))
     if terms is not None:
-        return _cut(plan, module, weighted_sum(terms))
+        return _cut(plan, module, weighted_sum(terms, rank=module.rank if recipe.rank != "auto" else None))
     energy = ENERGY if recipe.rank == "auto" else None
     turned = module.pattern.transposed
     wanted = in_delta(inputs.changes, inputs.base, kernel, transposed=turned, rank=module.rank, energy=energy)

@@ -89,9 +89,9 @@ def side_by_side(terms: Sequence[tuple[Change, float]]) -> tuple[Tensor, Tensor]
     return stacked([b for (b, _, _), _ in terms], [a * (s * c) for (_, a, s), c in terms])
 
 
-def weighted_sum(terms: Sequence[tuple[Change, float]]) -> Factors:
-    """sum_i c_i s_i B_i A_i, decomposed without ever being multiplied out."""
-    return factorised(*side_by_side(terms))
+def weighted_sum(terms: Sequence[tuple[Change, float]], *, rank: int | None = None) -> Factors:
+    """sum_i c_i s_i B_i A_i, decomposed without ever being multiplied out; at most `rank` singular values of it."""
+    return factorised(*side_by_side(terms), rank=rank)
 
 
 def dense(change: Change, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:

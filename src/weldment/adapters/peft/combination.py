@@ -76,14 +76,14 @@ def combine_layer(
     ]
     if row.space == "factors":
         return _factors(shares, row, combination)
+    rank = combination.svd_rank or max(share.rank for share in shares)
     if row.space == "delta":
-        merged = decomposed(_delta(shares, row, combination))
+        merged = decomposed(_delta(shares, row, combination), rank=rank)
     else:
         b, a = stacked([share.b for share in shares], [share.a * (share.weight * share.scale) for share in shares])
         if not row.truncates:
             return b, a
-        merged = factorised(b, a)
-    rank = combination.svd_rank or max(share.rank for share in shares)
+        merged = factorised(b, a, rank=rank)
     return _truncated(merged, rank, combination.svd_clamp)
 
 
