@@ -100,7 +100,7 @@ CALLER = """
 import os, sys, time
 from weldment.engine.pools import process_pool
 def forever(worker):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece: two workers write
     time.sleep(600)
 with process_pool(2, lambda: None) as pool:
     tasks = [pool._executor.submit(forever, None) for _ in range(2)]
