@@ -28,6 +28,7 @@ SMALL = 1 << 18
 _PIECE = 4096
 _MANY = 4096
 _MARGIN = 4.0
+_SAMPLED = 1 << 23  # of all series together
 
 W = TypeVar("W")
 Values = Callable[[W, Range, Any], "list[Tensor]"]
@@ -109,7 +110,8 @@ def _gather(item: W, cuts: Sequence[Range], values: Values[W], workspace: Worksp
 
 def _start(items: Sequence[tuple[W, Grid]], values: Values[W], searches: list[_Search], total: int) -> Stage:
     """Sample every item in proportion to its size and set the margins of the searches."""
-    wanted = min(max(total >> 6, 1 << 16), 1 << 21)
+    series = 1 + max(search.series for search in searches)
+    wanted = min(max(total >> 6, 1 << 16), _SAMPLED // max(series, 4))
     samples = [
         (item, grid.samples(max(1, round(wanted * grid.numel / total / _PIECE)), _PIECE))
         for item, grid in items
