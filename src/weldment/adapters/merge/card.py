@@ -84,7 +84,8 @@ def adapter_manifest(plan: AdapterPlan, ranks: Mapping[str, int], lost: Mapping[
         "inputs": input_files(plan),
         "notes": list(plan.notes),
         "modules": {
-            module.name: {"space": module.space, "rank": ranks[module.name], "lost": float(f"{lost[module.name]:.6g}")}
+            module.name: {"space": module.space, "rank": ranks[module.name]}
+            | ({"lost": float(f"{lost[module.name]:.6g}")} if plan.recipe.combination is None else {})
             for module in plan.modules
         },
         "ledger": fates(plan),

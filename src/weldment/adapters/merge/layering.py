@@ -38,7 +38,7 @@ class Merged:
         parts: "A", "B", and where there are any "B.bias" and "magnitude", as they are stored.
         rank: of one matrix.
         lost: relative error of the cut to the rank, in the Frobenius norm.
-        energy: squared Frobenius norm of what was cut; 0 if nothing was.
+        energy: squared Frobenius norm before the cut; 0 where the recipe cuts no module.
         is_finite: whether the parts have neither NaN nor infinity.
     """
 
@@ -142,12 +142,13 @@ def _product(plan: AdapterPlan, module: Module, inputs: _Inputs, kernel: Kernel)
         from weldment.adapters.peft.combination import combine_layer
 
         weights = module.parameters["weight"]
-        return _whole(*combine_layer(recipe.combination, inputs.changes, weights, seed=recipe.seed, name=module.name))
+        b, a = combine_layer(recipe.combination, inputs.changes, weights, seed=recipe.seed, name=module.name)
+        return _whole(plan, module, b, a)
     terms = _terms(module, inputs)
     if module.space == "factors":
         return _in_factors(plan, module, inputs, kernel)
     if terms is not None and _stays(plan, module, terms):
-        return _whole(*side_by_side(terms))
+        return _whole(plan, module, *side_by_side(terms))
     if module.space == "core":
         return _cut(plan, module, in_core(inputs.changes, inputs.base, kernel, rank=module.rank))
     if terms is not None:
@@ -183,11 +184,14 @@ def _in_factors(plan: AdapterPlan, module: Module, inputs: _Inputs, kernel: Kern
     if shares is not None and inputs.base is not None:
         shares = (*shares, module.base_coefficient)
     b, a = in_factors(inputs.changes, inputs.base, kernel, shares)
-    return _whole(b, a) if plan.recipe.rank is None else _cut(plan, module, factorised(b, a))
+    return _whole(plan, module, b, a) if plan.recipe.rank is None else _cut(plan, module, factorised(b, a))
 
 
-def _whole(b: Tensor, a: Tensor) -> _Product:
-    return _Product(b, a, 0.0, 0.0)
+def _whole(plan: AdapterPlan, module: Module, b: Tensor, a: Tensor) -> _Product:
+    """Factors that are not cut; their norm is calculated where other modules may be, whose loss it is compared with."""
+    recipe = plan.recipe
+    uncut = recipe.combination is not None or (recipe.rank is None and module.space in ("cat", "factors"))
+    return _Product(b, a, 0.0, 0.0 if uncut else float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def _cut(plan: AdapterPlan, module: Module, found: Factors) -> _Product:

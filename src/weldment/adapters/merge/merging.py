@@ -55,12 +55,14 @@ class Outcome:
         gone = sum(self.lost[name] ** 2 * self.energies[name] for name in self.lost)
         return math.sqrt(gone / energy) if energy > 0.0 else 0.0
 
-    def summary(self) -> str:
-        """Ranks and errors in a sentence."""
+    def summary(self, *, measured: bool = True) -> str:
+        """Ranks in a sentence, and errors, which PEFT's combination types do not measure."""
         if not self.ranks:
             return "no low-rank layers"
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        if not measured:
+            return shown
         worst = max(self.lost, key=lambda name: self.lost[name])
         if self.lost[worst] < 1e-6:
             return f"{shown}; nothing was lost by the cut to the rank"
@@ -101,7 +103,7 @@ def merge_adapters(
                 outcome.wrong += [] if torch.isfinite(tensor).all() else [saved.name]
                 progress.advance(saved.name, saved.read_bytes)
         _judge(outcome, progress, allow_nonfinite=allow_nonfinite)
-        progress.message(outcome.summary())
+        progress.message(outcome.summary(measured=plan.recipe.combination is None))
         for name, entries in plan.heads.items():
             for entry in entries:
                 writer.add(entry.name.removeprefix(PREFIX), load(entry, torch_dtype(entry.dtype)), head_file(name))
