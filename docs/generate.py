@@ -78,7 +78,8 @@ def _sample(parameter: Parameter) -> Any:
 def _values(parameter: Parameter) -> str:
     if parameter.choices:
         return ", ".join(f"`{choice}`" for choice in parameter.choices)
-    return "true, false" if parameter.kind == "bool" else interval(parameter)
+    words = {"bool": "true, false", "patterns": "regular expressions", "counts": "regular expressions with numbers"}
+    return words.get(parameter.kind) or interval(parameter)
 
 
 def _default(parameter: Parameter) -> str:
@@ -121,12 +122,20 @@ def method_section(method: Method) -> list[str]:
     return lines
 
 
+def code_of(methods: Sequence[Method]) -> str:
+    """The file of a family's kernels, or their folder."""
+    *package, name = methods[0].kernel.__module__.split(".")
+    return "src/" + "/".join(package if len(package) > 2 else [*package, f"{name}.py"])
+
+
 def family_page(family: str, methods: Sequence[Method]) -> str:
     """The page of one family."""
     listing = "\n".join(f"- [{method.name}](#{method.name}): {escaped(method.summary)}" for method in methods)
-    code = f"src/{methods[0].kernel.__module__.replace('.', '/')}.py"
+    code = code_of(methods)
     source = f"Code: [`{code}`](../../{code}). The recipes below name folders with models; put yours there."
-    lines = [NOTE, f"# {family[0].upper()}{family[1:]}", "", listing, "", source, ""]
+    guide = DOCS / "families" / family_file(family)
+    when = [guide.read_text(encoding="utf-8")] if guide.is_file() else []
+    lines = [NOTE, f"# {family[0].upper()}{family[1:]}", "", listing, "", *when, source, ""]
     for method in methods:
         lines += method_section(method)
     return "\n".join(lines).rstrip() + "\n"

@@ -16,6 +16,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from spectral_reference import SPECTRAL_REFERENCE
+
 Array = NDArray[np.float64]
 Models = Sequence[Array]
 Floats = Sequence[float]
@@ -472,7 +474,7 @@ def magmax(models: Models, base: Array | None, *, lambda_: float = 1.0) -> Array
     return base + lambda_ * np.where(largest >= -smallest, largest, smallest)
 
 
-REFERENCE: dict[str, Callable[..., Array]] = {
+REFERENCE: dict[str, Callable[..., Array]] = SPECTRAL_REFERENCE | {
     function.__name__: function
     for function in (
         linear, passthrough, nearswap,

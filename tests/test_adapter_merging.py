@@ -34,6 +34,7 @@ from test_adapters_application import KINDS
 from test_contract import TYPICAL
 from weldment import METHODS, NonFiniteError, OutputError, PlanError, merge_tensors, verify
 from weldment.adapters.opening import open_adapter_folder
+from weldment.engine.progress import Amount
 from weldment.report.manifest import read_manifest
 
 SAME = [GOLDEN / "adapters" / f"same_r4_{n}" for n in range(3)]
@@ -48,11 +49,11 @@ class Said:
         self.messages: list[str] = []
         self.total = self.done = 0
 
-    def begin(self, total_bytes: int, done_bytes: int) -> None:
-        self.total, self.done = total_bytes, done_bytes
+    def begin(self, total: Amount, done: Amount) -> None:
+        self.total, self.done = total.nbytes, done.nbytes
 
-    def advance(self, tensor: str, nbytes: int) -> None:
-        self.done += nbytes
+    def advance(self, tensor: str, amount: Amount) -> None:
+        self.done += amount.nbytes
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -567,7 +568,7 @@ def test_ctrl_c_leaves_nothing(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: bool
 ) -> None:
     class Interrupting(Said):
-        def advance(self, tensor: str, nbytes: int) -> None:
+        def advance(self, tensor: str, amount: Amount) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,6 +14,7 @@ import pytest
 from folders import Result, tree, weld, write_model, write_recipe
 from weldment.cli.console import columns, count, duration, parse_size, plural, size
 from weldment.cli.progress import LINE_EVERY, Meter, Plain
+from weldment.engine.progress import Amount
 from weldment.errors import UserError
 from weldment.methods import METHODS
 from weldment.version import __version__
@@ -219,7 +220,7 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["merge"], ["merge", "a"], ["mrge"], ["plan", "--what"], ["verify", "a", "b"]], ids=" ".join
+    "arguments", [["merge"], ["merge", "a", "b", "c"], ["mrge"], ["plan", "--what"], ["verify", "a", "b"]], ids=" ".join
 )
 def test_wrong_usage_is_the_users_mistake(arguments: list[str]) -> None:
     result = weld(*arguments)
@@ -303,10 +304,10 @@ def test_plain_progress_speaks_every_ten_seconds() -> None:
     now = [0.0]
     stream = io.StringIO()
     progress = Plain(stream, clock=lambda: now[0])
-    progress.begin(10_000_000_000, 4_000_000_000)
+    progress.begin(Amount.of(10_000_000_000), Amount.of(4_000_000_000))
     for _ in range(3):
         now[0] += LINE_EVERY / 2 + 0.01
-        progress.advance("model.norm.weight", 1_000_000_000)
+        progress.advance("model.norm.weight", Amount.of(1_000_000_000))
     progress.message("hello")
     assert stream.getvalue().splitlines() == [
         "merging: 10 GB to read, 4 GB of it done",
@@ -319,12 +320,21 @@ def test_a_meter_counts_only_what_this_run_does() -> None:
     now = [5.0]
     meter = Meter(clock=lambda: now[0])
     assert (meter.share, meter.words().endswith("finishing")) == (1.0, True)
-    meter.begin(100, 40)
+    meter.begin(Amount.of(100), Amount.of(40))
     assert "? left" in meter.words()
     now[0] += 2.0
-    meter.add("x", 20)
+    meter.add("x", Amount.of(20))
     assert (meter.share, meter.tensor) == (0.6, "x")
     assert meter.words() == " 60%  60 B of 100 B, 0.00 GB/s, 4.0 s left"
+
+
+def test_time_left_counts_work_not_bytes() -> None:
+    now = [0.0]
+    meter = Meter(clock=lambda: now[0])
+    meter.begin(Amount(100, 1000.0), Amount.of(0))
+    now[0] += 2.0
+    meter.add("embedding", Amount(50, 100.0))
+    assert meter.words() == " 10%  50 B of 100 B, 0.00 GB/s, 18 s left"
 
 
 @pytest.mark.parametrize(

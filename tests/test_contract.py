@@ -38,9 +38,23 @@ TYPICAL: dict[str, dict[str, Any]] = {
     "pcb": {"density": 0.3},
     "consensus_ta": {},
     "magmax": {"lambda_": 0.8},
+    "drm": {
+        "coefficient": [0.5, 0.75, 1.25],
+        "singular_matrices_drop_rate": 0.6,
+        "direction": "vertical",
+        "non_linear_module_entries_drop_rate": 0.25,
+        "lambda_": 0.8,
+    },
+    "tsv_m": {"weight": [0.5, 0.75, 1.25]},
+    "iso_c": {"weight": [0.5, 0.75, 1.25], "lambda_": 0.8},
+    "iso_cts": {"weight": [0.5, 0.75, 1.25]},
+    "knots_ties": {"weight": [0.5, 0.75, 1.25], "density": [0.3, 0.5, 0.7]},
+    "swudi": {"weight": [0.5, 0.75, 1.25], "lambda_": 0.8},
+    "aswudi": {"weight": [0.5, 0.75, 1.25]},
 }
 ALL = sorted(METHODS)
 SPHERICAL = {name for name, method in METHODS.items() if method.family == "spherical"} | {"model_stock"}
+SPECTRAL = {name for name, method in METHODS.items() if method.family == "spectral"}
 RANDOM = {name for name, method in METHODS.items() if method.random}
 SHAPES = [(1,), (8, 1), (1, 8), (), (33, 40), (3, 4, 5, 2), (300, 701)]
 
@@ -55,7 +69,10 @@ IDENTITY: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 1.0},
     "nearswap": {"t": 10.0},
     "slerp": {"t": 0.35},
+    "drm": {"singular_matrices_drop_rate": 0.0},
 }
+NOT_IDENTITY = {"pcb", "consensus_ta", "tsv_m", "iso_c", "iso_cts", "swudi", "aswudi"}
+"""Methods that make something else of equal experts; for the spectral ones, `test_spectral_degenerate` says what."""
 ORDERED = {"passthrough", "slerp", "nearswap", "arcee_fusion"}
 """Methods whose models have different parts."""
 
@@ -97,7 +114,9 @@ def masks(name: str, arguments: dict[str, Any], models: list[Tensor], base: Tens
 
 
 def expected(name: str, models: list[Tensor], base: Tensor | None, **parameters: Any) -> Tensor:
-    arguments = settle(METHODS[name], parameters, len(models))
+    method = METHODS[name]
+    arguments = settle(method, parameters, len(models))
+    arguments = method.arranged(arguments, "tensor", tuple(models[0].shape), is_embedding=False)
     drawn = masks(name, arguments, models, base) if base is not None else {}
     if name.startswith("dare"):
         arguments["density"] = [quantised(density) for density in arguments["density"]]
@@ -116,14 +135,18 @@ def test_every_method_is_here() -> None:
     assert set(REFERENCE) == set(METHODS)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ALL)
+# Above 512, drm's vectors are float32: of 600000 of their entries some are as close to the threshold as rounding.
+SHAPED = [(name, (300, 401) if name == "drm" and shape == (300, 701) else shape) for name in ALL for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPED, ids=str)
 def test_reference(name: str, shape: tuple[int, ...]) -> None:
-    """float32 within 1e-6 of the float64 formula (spherical: 1e-5)."""
+    """float32 within 1e-6 of the float64 formula (spherical: 1e-5; spectral, of singular vectors in float32: 2e-5)."""
+    limit = 1e-5 if name in SPHERICAL else 2e-5 if name in SPECTRAL else 1e-6
     models, base = inputs(name, shape)
     found = merge_tensors(name, models, base, **typical(name))
     assert found.shape == shape
-    assert error(found, expected(name, models, base, **typical(name))) <= (1e-5 if name in SPHERICAL else 1e-6)
+    assert error(found, expected(name, models, base, **typical(name))) <= limit
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -174,7 +197,7 @@ def test_empty(name: str) -> None:
     assert merge_tensors(name, models, base, **typical(name)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"pcb", "consensus_ta"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - NOT_IDENTITY))
 def test_identity(name: str) -> None:
     """Experts that are all equal merge to themselves (with weights that sum to one)."""
     models, base = inputs(name, (31, 17))
@@ -199,7 +222,7 @@ def test_order_of_experts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_same_bytes_for_every_block_and_thread(name: str) -> None:
-    models, base = inputs(name, (701, 523), noise=0.1)
+    models, base = inputs(name, (301, 523) if name in SPECTRAL else (701, 523), noise=0.1)
     models = [model.bfloat16() for model in models]
     base = None if base is None else base.bfloat16()
     runs = [
@@ -253,7 +276,11 @@ WEIGHTED = sorted(
 )
 
 
-@pytest.mark.parametrize("name", sorted(set(WEIGHTED) - {"pcb"}))
+COUNTED = {"pcb", "drm", "tsv_m", "iso_cts"}
+"""A model of weight zero still counts: in pcb's scores, drm's threshold and signs, in how many vectors others have."""
+
+
+@pytest.mark.parametrize("name", sorted(set(WEIGHTED) - COUNTED))
 def test_weight_zero(name: str) -> None:
     """A model of weight zero changes nothing."""
     models, base = inputs(name, (31, 17))
@@ -263,7 +290,8 @@ def test_weight_zero(name: str) -> None:
     assert error(with_it, without.double()) <= 1e-6
 
 
-DENSITIES = sorted(name for name, method in METHODS.items() if method.parameter("density") is not None)
+DENSITIES = sorted(name for name in set(ALL) - SPECTRAL if METHODS[name].parameter("density") is not None)
+"""Methods that keep a share of the changes; spectral ones keep a share of the entries of singular vectors."""
 
 
 @pytest.mark.parametrize("name", DENSITIES)

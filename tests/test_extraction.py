@@ -31,6 +31,7 @@ from weldment.adapters.extract.extraction import rank_pattern, target_modules
 from weldment.adapters.extract.pairing import kind_of
 from weldment.adapters.loading import delta
 from weldment.adapters.opening import find_adapter
+from weldment.engine.progress import Amount
 
 LAYERS = ("q_proj", "up_proj")
 
@@ -331,11 +332,11 @@ def test_progress_adds_up_to_all_bytes(pair: tuple[Path, Path], tmp_path: Path) 
     seen: dict[str, int] = {}
 
     class Count:
-        def begin(self, total_bytes: int, done_bytes: int) -> None:
-            seen["total"] = total_bytes
+        def begin(self, total: Amount, done: Amount) -> None:
+            seen["total"] = total.nbytes
 
-        def advance(self, tensor: str, nbytes: int) -> None:
-            seen["done"] = seen.get("done", 0) + nbytes
+        def advance(self, tensor: str, amount: Amount) -> None:
+            seen["done"] = seen.get("done", 0) + amount.nbytes
 
         def message(self, text: str) -> None:
             pass

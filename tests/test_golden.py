@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 import weldment
+from kernel_driver import golden
 from paths import GOLDEN, needs_golden
+from spectral_reference import Array, drm_matrix
 
 pytestmark = needs_golden
 
@@ -90,6 +96,73 @@ def test_official_ties(tmp_path: Path) -> None:
     theirs = load_file(GOLDEN / "official" / "ties_global_20" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert max(relative(ours[name], theirs[name]) for name in theirs) < 1e-6
+
+
+DRM_CASES = sorted(path.name for path in (GOLDEN / "drm").iterdir()) if GOLDEN.is_dir() else []
+SPECTRAL_CASES = sorted(path.name for path in (GOLDEN / "spectral").iterdir()) if GOLDEN.is_dir() else []
+
+UNDECIDED = {"horizontal": ("model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight")}
+"""DRM case -> tensors of which two entries are so close to the threshold that float32 puts them in another order."""
+
+
+def drm_recipe(case: str) -> dict[str, Any]:
+    """The parameters of a DRM file."""
+    recipe = yaml.safe_load((GOLDEN / "drm" / case / "recipe.yml").read_text())
+    config = {"svd_dtype" if key == "dtype" else key: value for key, value in recipe["merging_config"].items()}
+    return {"coefficient": [model["parameters"]["coefficient"] for model in recipe["models"]], **config}
+
+
+@cache
+def drm(case: str) -> dict[str, torch.Tensor]:
+    *experts, base = golden("e0", "e1", "e2", "base")
+    return weldment.merge_tensors("drm", experts, base, **drm_recipe(case))
+
+
+def off(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], limit: float) -> dict[str, float]:
+    """The tensors whose changes are not those of the reference."""
+    (base,) = golden("base")
+    assert ours.keys() == theirs.keys()
+    found = {name: relative(ours[name] - base[name], theirs[name] - base[name]) for name in theirs}
+    return {name: distance for name, distance in found.items() if not distance <= limit}
+
+
+@pytest.mark.parametrize("case", DRM_CASES)
+def test_official_drm(case: str) -> None:
+    (theirs,) = golden(f"drm/{case}")
+    assert set(off(drm(case), theirs, 1e-4)) == set(UNDECIDED.get(case, ()))
+
+
+def keep_the_next(magnitudes: Array, threshold: float) -> Any:
+    """The largest entry that is dropped takes the place of the one at the threshold."""
+    following = magnitudes[magnitudes < threshold].max()
+    assert following > (1.0 - 2e-5) * threshold
+    return (magnitudes > threshold) | (magnitudes == following)
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, names in UNDECIDED.items() for name in names])
+def test_where_drm_differs_float64_is_with_us(case: str, name: str) -> None:
+    """Two entries within 2e-5 of each other, at the threshold: in the other order the formula gives the reference."""
+    *experts, base, theirs = (
+        tensors[name].double().numpy() for tensors in golden("e0", "e1", "e2", "base", f"drm/{case}")
+    )
+    taus = [expert - base for expert in experts]
+    recipe = drm_recipe(case)
+    settings = {"horizontal": True, "drop": recipe["singular_matrices_drop_rate"], "coefficient": recipe["coefficient"]}
+    ours = drm(case)[name].double().numpy() - base
+    size = np.linalg.norm(theirs - base)
+    assert np.linalg.norm(ours - drm_matrix(taus, **settings)) <= 1e-5 * size
+    assert np.linalg.norm(ours - (theirs - base)) > 1e-3 * size
+    assert np.linalg.norm(drm_matrix(taus, decide=keep_the_next, **settings) - (theirs - base)) <= 1e-4 * size
+
+
+@pytest.mark.parametrize("name", SPECTRAL_CASES)
+def test_official_spectral(name: str) -> None:
+    """Every matrix decomposed, embeddings as well; (a)swudi leaves the head to the mean."""
+    *experts, base, theirs = golden("e0", "e1", "e2", "base", f"spectral/{name}")
+    chosen: dict[str, Any] = {"linear_parameter_regex_pattern": [".*"]}
+    if "wudi" in name:
+        chosen["linear_parameter_ignore_regex_pattern"] = [r"lm_head\."]
+    assert not off(weldment.merge_tensors(name, experts, base, **chosen), theirs, 1e-3)
 
 
 def test_every_method_with_a_reference_has_a_case() -> None:

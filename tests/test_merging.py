@@ -14,7 +14,7 @@ import models
 from models import ARCHITECTURES, State
 from weldment import CheckpointError, MergeError, NonFiniteError, OutputError, UserError, merge, plan, verify
 from weldment.checkpoint import staging
-from weldment.engine.progress import Silent
+from weldment.engine.progress import Amount, Silent
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -264,7 +264,7 @@ class During(Silent):
     def __init__(self, action: Callable[[], object]) -> None:
         self._action: Callable[[], object] | None = action
 
-    def advance(self, tensor: str, nbytes: int) -> None:
+    def advance(self, tensor: str, amount: Amount) -> None:
         action, self._action = self._action, None
         if action is not None:
             action()

@@ -9,18 +9,10 @@ from weldment.recipe import load_recipes
 from weldment.recipe.dialects import refuse_foreign
 from weldment.recipe.words import Place
 
-DRM = {
-    "models": [{"model": "a", "parameters": {"coefficient": 1.0}}],
-    "base_model": "base",
-    "merging_config": {"direction": "vertical"},
-    "save_path": "out",
-}
-
 
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        (DRM, "`merging_config` and `save_path`: this is a DRM configuration"),
         ({"base_model": "a", "gate_mode": "hidden", "experts": []}, "this is a mixture-of-experts configuration"),
         ({"merge_method": "linear", "modules": {}}, "this is a multi-module configuration"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 import models
 from weldment import MergeError, PlanError, merge, plan
-from weldment.engine.progress import Silent
+from weldment.engine.progress import Amount, Silent
 
 
 def stage(name: str, method: str, *inputs: Path | str, **keys: Any) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class StopAfter(Silent):
     def __init__(self, count: int) -> None:
         self.left = count
 
-    def advance(self, tensor: str, nbytes: int) -> None:
+    def advance(self, tensor: str, amount: Amount) -> None:
         self.left -= 1
         if self.left < 0:
             raise StoppedError("stopped")

@@ -20,7 +20,7 @@ from weldment.adapters.writing import AdapterFolder, write_adapter
 from weldment.checkpoint.dtypes import RECIPE, torch_dtype
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.opening import open_checkpoint
-from weldment.engine.progress import Progress, Silent
+from weldment.engine.progress import Amount, Progress, Silent
 from weldment.engine.run import default_threads
 from weldment.errors import CheckpointError, PlanError, UserError, joined
 from weldment.merging import check_target
@@ -186,11 +186,11 @@ def _local(model: Checkpoint, progress: Progress) -> Checkpoint:
 def _examined(pairs: Sequence[Pair], settings: Settings, threads: int | None, progress: Progress) -> Iterator[Examined]:
     """What is found of each pair, in order; each worker is one of torch's threads, so their number shows nowhere."""
     before = torch.get_num_threads()
-    progress.begin(sum(pair.nbytes for pair in pairs), 0)
+    progress.begin(Amount.of(sum(pair.nbytes for pair in pairs)), Amount.of(0))
     pool = ThreadPoolExecutor(threads or _affordable(pairs), initializer=torch.set_num_threads, initargs=(1,))
     try:
         for found in pool.map(lambda pair: examine(pair, settings), pairs):
-            progress.advance(found.pair.name, found.pair.nbytes)
+            progress.advance(found.pair.name, Amount.of(found.pair.nbytes))
             yield found
     finally:
         pool.shutdown(cancel_futures=True)

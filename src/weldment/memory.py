@@ -20,6 +20,7 @@ from weldment.methods import METHODS, Method
 from weldment.methods.arguments import settle
 from weldment.methods.block import CHUNK
 from weldment.methods.masks import tensor_key
+from weldment.planning.roles import holds_tokens
 
 StateDict = Mapping[str, Tensor]
 _FLOATS = tuple(map(torch_dtype, FLOATS))
@@ -109,9 +110,17 @@ def merge_tensors(
         merged[name] = out = torch.empty(first.shape, dtype=dtype or first.dtype)
         origin = None if base_dict is None else base_dict[name]
         keys = [tensor_key(seed, str(number), name) for number in range(len(group))]
-        works.append(replace(_work(name, row, group, origin, out), parameters=arguments, keys=keys, block=block))
+        own = _arranged(row, arguments, name, out)
+        works.append(replace(_work(name, row, group, origin, out), parameters=own, keys=keys, block=block))
     run_works(works, machine, finished=lambda work, outcome: None)
     return merged["tensor"] if single else merged
+
+
+def _arranged(row: Method, arguments: Mapping[str, Any], name: str, out: Tensor) -> dict[str, Any]:
+    try:
+        return row.arranged(arguments, name, tuple(out.shape), is_embedding=holds_tokens(name))
+    except ValueError as error:
+        raise UserError(str(error), where=name) from error
 
 
 def _work(name: str, row: Method, group: Sequence[Tensor], base: Tensor | None, out: Tensor) -> Work:

@@ -23,6 +23,7 @@ from weldment.errors import CheckpointError, OutputError, UserError, joined
 from weldment.planning.plan import Plan
 from weldment.planning.stages import plan_merges
 from weldment.recipe import Recipe, load_recipes
+from weldment.recipe.drm_file import is_file
 from weldment.recipe.recipe import SEED, is_seed
 from weldment.writing import Run
 
@@ -73,15 +74,14 @@ def plan(
         UserError: recipe or models are at fault; the message lists every problem found.
     """
     _check_numbers(seed=seed, shard_size=shard_size)
-    recipes, adapters = _read(recipe, overrides)
+    recipes, adapters = _recognised(load_recipes(recipe, overrides=overrides))
     if adapters:
         return plan_adapters(recipes[-1], adapters, seed=seed)
     return plan_merges(recipes, open_models(recipes), shard_bytes=shard_size, seed=seed)
 
 
-def _read(recipe: RecipeSource, overrides: Sequence[str]) -> tuple[Sequence[Recipe], Mapping[str, Adapter]]:
+def _recognised(recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Mapping[str, Adapter]]:
     """The recipes, and the adapters if these are to be merged to an adapter."""
-    recipes = load_recipes(recipe, overrides=overrides)
     adapters = adapters_of(recipes)
     if adapters and recipes[-1].output == "model":
         return [as_models(recipes[-1], adapters)], {}
@@ -115,7 +115,7 @@ def open_models(recipes: Sequence[Recipe]) -> dict[str, Checkpoint]:
 
 def merge(
     recipe: RecipeSource,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
     device: str = "cpu",
@@ -128,20 +128,21 @@ def merge(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge models, or adapters with each other, into the folder `out`.
+    """Merge models, or adapters with each other, into the folder `out`, or where the recipe says (`save_path`).
 
-    The output is made beside `out`, checked, and renamed into place; a merge that was killed goes
+    The output is made beside that folder, checked, and renamed into place; a merge that was killed goes
     on where it was when it is called again with the same arguments.
 
     Args:
         recipe: a YAML file, or its content as a mapping (or several, for staged merges).
+        out: the output folder; needed unless the recipe has `save_path`.
         overrides: `key.path=value` changes to the recipe.
         device: "cpu", "cuda", "mps" or "auto".
         threads: workers; all processors by default.
         max_memory: bytes that the merge may use, or None.
         seed: replaces the recipe's seed.
         shard_size: largest output file in bytes.
-        overwrite: replace a non-empty `out`, once the new output is complete.
+        overwrite: replace a non-empty output folder, once the new output is complete.
         resume: go on from an interrupted run of the same merge.
         allow_nonfinite: report NaN and infinity in the output instead of failing.
         progress: receives events.
@@ -151,8 +152,9 @@ def merge(
         MergeError: the merge failed while it ran.
     """
     _check_numbers(seed=seed, shard_size=shard_size, max_memory=max_memory)
-    recipes, adapters = _read(recipe, overrides)
-    target = Path(out)
+    recipes = load_recipes(recipe, overrides=overrides)
+    target = output_folder(out, recipes[-1])
+    recipes, adapters = _recognised(recipes)
     if adapters:
         planned = plan_adapters(recipes[-1], adapters, seed=seed)
         check_target(target, recipe, adapters, overwrite=overwrite)
@@ -209,6 +211,19 @@ def _downloaded(model: Checkpoint, progress: Progress) -> Checkpoint:
     missing = sum(file.size for file in model.weight_files if file.path is None)
     progress.message(f"downloading {model.reference}, {missing / 1e6:.1f} MB")
     return download(model)
+
+
+def output_folder(out: str | Path | None, recipe: Recipe) -> Path:
+    """Where the result goes: `out`, or what the recipe says.
+
+    Raises:
+        UserError: neither says it.
+    """
+    folder = recipe.save_path if out is None else out
+    if folder is not None:
+        return Path(folder)
+    fix = "Give OUT, or `save_path` in the recipe" if is_file(recipe.source) else "Give OUT"
+    raise UserError("there is no output folder to write to", where=recipe.origin, fix=fix)
 
 
 def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Input], *, overwrite: bool) -> None:

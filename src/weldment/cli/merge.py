@@ -1,4 +1,4 @@
-"""`weld merge RECIPE OUT`."""
+"""`weld merge RECIPE [OUT]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from weldment.planning.plan import Plan
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe: mergekit-style YAML.", show_default=False)
+    Path,
+    typer.Argument(metavar="RECIPE", help="A recipe: YAML of mergekit's, PEFT's or DRM's kind.", show_default=False),
 ]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the recipe; may be repeated.")
@@ -39,7 +40,12 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything 
 
 def command(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]", help="The output folder; by default a DRM file's `save_path`.", show_default=False
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps or auto.")] = "cpu",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
@@ -63,7 +69,7 @@ def command(
 
     from weldment.cli.console import parse_size
     from weldment.cli.progress import reporter
-    from weldment.merging import merge, plan
+    from weldment.merging import merge, output_folder, plan
 
     if quiet:
         # huggingface_hub, which is not imported yet, has progress bars of its own.
@@ -72,8 +78,9 @@ def command(
     shard = parse_size(shard_size, "--shard-size")
     if dry_run:
         planned = plan(recipe, overrides=set_, shard_size=shard, seed=seed)
-        _check(planned, recipe, out, overwrite=overwrite)
-        _show(planned, out, device, threads, limit, as_json=as_json, quiet=quiet)
+        folder = output_folder(out, planned.recipe)
+        _check(planned, recipe, folder, overwrite=overwrite)
+        _show(planned, folder, device, threads, limit, as_json=as_json, quiet=quiet)
         return
     started = time.monotonic()
     try:
@@ -93,7 +100,7 @@ def command(
                 progress=progress,
             )
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(_how_to_go_on(out)) from interrupt
+        raise KeyboardInterrupt(_how_to_go_on(out or _saved_to(recipe, set_))) from interrupt
     _report(result, time.monotonic() - started, as_json=as_json, quiet=quiet)
 
 
@@ -134,9 +141,23 @@ def _show(
     show(planned, forecast(planned, out, machine.threads, block), as_json=as_json, quiet=quiet)
 
 
-def _how_to_go_on(out: Path) -> str:
+def _saved_to(recipe: Path, overrides: list[str]) -> Path | None:
+    """The folder that a recipe names; None if it names none, or cannot be read again."""
+    from weldment.errors import UserError
+    from weldment.merging import output_folder
+    from weldment.recipe import load_recipes
+
+    try:
+        return output_folder(None, load_recipes(recipe, overrides=overrides)[-1]) if recipe.is_file() else None
+    except UserError:
+        return None
+
+
+def _how_to_go_on(out: Path | None) -> str:
     from weldment.checkpoint.staging import is_unfinished, partial_folder
 
+    if out is None:
+        return "run the same command again"
     if not is_unfinished(out):
         return "nothing was written"
     return f"run the same command again to go on from here, or delete {partial_folder(out)}"

@@ -95,7 +95,8 @@ def parameter_row(parameter: Parameter) -> tuple[str, str, str, str]:
     """One parameter: name, values, default and meaning."""
     from weldment.methods.arguments import interval
 
-    values = " or ".join(parameter.choices) or ("true or false" if parameter.kind == "bool" else interval(parameter))
+    words = {"bool": "true or false", "patterns": "regular expressions", "counts": "regular expressions with numbers"}
+    values = " or ".join(parameter.choices) or words.get(parameter.kind) or interval(parameter)
     default = "required" if parameter.required else f"default {value_text(parameter.default)}"
     each = "; may differ by model" if parameter.per_model else ""
     aliases = "".join(

@@ -37,10 +37,11 @@ def command(
     from weldment.merging import plan
 
     planned = plan(recipe, overrides=set_, shard_size=parse_size(shard_size, "--shard-size"), seed=seed)
+    folder = Path(planned.recipe.save_path or "")
     if isinstance(planned, AdapterPlan):
-        show_adapters(planned, adapter_forecast(planned, Path(), default_threads()), as_json=as_json, every=all_)
+        show_adapters(planned, adapter_forecast(planned, folder, default_threads()), as_json=as_json, every=all_)
         return
-    show(planned, forecast(planned, Path(), default_threads()), as_json=as_json, every=all_)
+    show(planned, forecast(planned, folder, default_threads()), as_json=as_json, every=all_)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Settings:
         """The settings of a plan."""
         names = short_names(planned.models)
         merged = [job for job in planned.jobs if job.action == "merge"]
-        return cls.over(names, {id(job): dict(_settings(job, names)) for job in merged})
+        return cls.over(names, {id(job): dict(_settings(planned, job, names)) for job in merged})
 
     @classmethod
     def over(cls, names: Mapping[str, str], by_job: Mapping[int, Mapping[Key, Any]]) -> Settings:
@@ -110,14 +110,20 @@ def short_names(references: Iterable[str]) -> dict[str, str]:
     return {reference: reference for reference in parts}
 
 
-def _settings(job: TensorJob, names: Mapping[str, str]) -> Iterable[tuple[Key, Any]]:
+def _settings(planned: Plan, job: TensorJob, names: Mapping[str, str]) -> Iterable[tuple[Key, Any]]:
     yield from labelled(job.method, job.parameters, [names[model] for model, _ in job.inputs[: len(job.sources)]])
+    if job.finish is not None and planned.recipe.layer_scale is not None:
+        yield ("layer_scale", ""), job.finish.scale
+    if job.finish is not None and job.finish.boost is not None:
+        yield ("subspace_boost", ""), job.finish.boost
 
 
 def labelled(method: str, parameters: Mapping[str, Any], models: Sequence[str]) -> Iterable[tuple[Key, Any]]:
     """The parameters of a merge; those that each model has a value of with the models' names."""
     labels = [m if models.count(m) == 1 else f"{m}#{models[: n + 1].count(m)}" for n, m in enumerate(models)]
     for parameter in METHODS[method].parameters:
+        if parameter.by_pattern:
+            continue  # it chose what is done to the tensor, and is no argument of the kernel
         value = parameters[parameter.argument]
         if parameter.per_model:
             yield from (((parameter.name, label), item) for label, item in zip(labels, value, strict=True))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from weldment.cli.console import duration, size
-from weldment.engine.progress import Progress, Silent
+from weldment.engine.progress import Amount, Progress, Silent
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -21,34 +21,37 @@ _BAR = 12
 
 
 class Meter:
-    """How far a merge is, in bytes."""
+    """How far a merge is: bytes to show, and the work they are to tell the time that is left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.begin(0, 0)
+        self.begin(Amount.of(0), Amount.of(0))
 
-    def begin(self, total: int, done: int) -> None:
-        """So many bytes are to read in all; those that an earlier run dealt with do not count for the rate."""
+    def begin(self, total: Amount, done: Amount) -> None:
+        """So much is to do in all; what an earlier run dealt with does not count for the rate."""
         self.total, self.done, self._before = total, done, done
         self.tensor = ""
         self._start = self._clock()
 
-    def add(self, tensor: str, nbytes: int) -> None:
-        """So many more were read."""
-        self.done += nbytes
+    def add(self, tensor: str, amount: Amount) -> None:
+        """So much more was done."""
+        self.done = Amount(self.done.nbytes + amount.nbytes, self.done.work + amount.work)
         self.tensor = tensor
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
-        return min(1.0, self.done / self.total) if self.total else 1.0
+        """Of the work, from 0 to 1."""
+        return min(1.0, self.done.work / self.total.work) if self.total.work else 1.0
 
     def words(self) -> str:
         """` 45%  4.5 GB of 9.9 GB, 1.20 GB/s, 4.5 s left`."""
-        rate = (self.done - self._before) / max(self._clock() - self._start, 1e-9)
-        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else "? left"
-        last = "finishing" if self.done >= self.total else left
-        return f"{self.share:4.0%}  {size(self.done)} of {size(self.total)}, {rate / 1e9:.2f} GB/s, {last}"
+        seconds = max(self._clock() - self._start, 1e-9)
+        rate = (self.done.nbytes - self._before.nbytes) / seconds
+        pace = (self.done.work - self._before.work) / seconds
+        left = f"{duration(max(0.0, self.total.work - self.done.work) / pace)} left" if pace > 0 else "? left"
+        last = "finishing" if self.done.nbytes >= self.total.nbytes else left
+        done, total = size(self.done.nbytes), size(self.total.nbytes)
+        return f"{self.share:4.0%}  {done} of {total}, {rate / 1e9:.2f} GB/s, {last}"
 
 
 class Plain:
@@ -60,16 +63,16 @@ class Plain:
         self._meter = Meter(clock)
         self._next = 0.0
 
-    def begin(self, total_bytes: int, done_bytes: int) -> None:
+    def begin(self, total: Amount, done: Amount) -> None:
         """Say how much there is to read."""
-        self._meter.begin(total_bytes, done_bytes)
+        self._meter.begin(total, done)
         self._next = self._clock() + LINE_EVERY
-        left = f", {size(done_bytes)} of it done" if done_bytes else ""
-        self.message(f"merging: {size(total_bytes)} to read{left}")
+        left = f", {size(done.nbytes)} of it done" if done.nbytes else ""
+        self.message(f"merging: {size(total.nbytes)} to read{left}")
 
-    def advance(self, tensor: str, nbytes: int) -> None:
+    def advance(self, tensor: str, amount: Amount) -> None:
         """Count, and speak up every ten seconds."""
-        self._meter.add(tensor, nbytes)
+        self._meter.add(tensor, amount)
         if self._clock() >= self._next:
             self._next = self._clock() + LINE_EVERY
             self.message(f"{self._meter.words()}  {tensor}")
@@ -96,14 +99,14 @@ class Live:
         """Remove the line."""
         self._display.stop()
 
-    def begin(self, total_bytes: int, done_bytes: int) -> None:
+    def begin(self, total: Amount, done: Amount) -> None:
         """Show the line."""
-        self._meter.begin(total_bytes, done_bytes)
+        self._meter.begin(total, done)
         self._display.start()
 
-    def advance(self, tensor: str, nbytes: int) -> None:
+    def advance(self, tensor: str, amount: Amount) -> None:
         """Move the bar."""
-        self._meter.add(tensor, nbytes)
+        self._meter.add(tensor, amount)
 
     def message(self, text: str) -> None:
         """Print it above the line."""

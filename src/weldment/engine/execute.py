@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from weldment.engine.adapted import adapted
 from weldment.engine.blocks import BLOCK
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.copying import Copy
+from weldment.engine.memory import weight_of
 from weldment.engine.outputs import FileOutput
-from weldment.engine.progress import Progress
+from weldment.engine.progress import Amount, Progress
 from weldment.engine.run import Machine, run_works
 from weldment.engine.sources import FileSource, Source
 from weldment.engine.work import Work
@@ -96,10 +97,13 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
         stack.callback(files.close)
         inputs = _Inputs(stack, run.find)
         outputs = [FileOutput(files, slots[job.file, job.name]) for job in plan.jobs]
-        works = [_work(job, inputs, output, run.block) for job, output in zip(plan.jobs, outputs, strict=True)]
+        works = [
+            _work(job, inputs, output, run.block, weight_of(job, plan.recipe.accumulate))
+            for job, output in zip(plan.jobs, outputs, strict=True)
+        ]
         names = {id(work): _label(job) for work, job in zip(works, plan.jobs, strict=True)}
         checksums = _still_true(plan, run, files)
-        share = {id(work): _bytes_per_element(job) for work, job in zip(works, plan.jobs, strict=True)}
+        share = {id(work): _amount(job) for work, job in zip(works, plan.jobs, strict=True)}
         nonfinite: dict[str, int] = {}
 
         def finished(work: Work | Copy, outcome: Outcome) -> None:
@@ -111,10 +115,11 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
                 run.journal.record(run.label + label, checksums[label])
 
         def report(work: Work | Copy, count: int) -> None:
-            run.progress.advance(work.name, int(count * share[id(work)]))
+            whole, part = share[id(work)], count / max(1, math.prod(work.shape))
+            run.progress.advance(work.name, Amount(int(whole.nbytes * part), whole.work * part))
 
         kept = set(checksums)
-        run.progress.begin(plan.read_bytes, sum(job.read_bytes for job in plan.jobs if _label(job) in kept))
+        run.progress.begin(_sum(plan.jobs), _sum(job for job in plan.jobs if _label(job) in kept))
         run_works(
             works, run.machine, finished=finished, report=report, pending=lambda work: names[id(work)] not in kept
         )
@@ -165,11 +170,19 @@ def _file(slot: Slot) -> str:
     return slot.file if "/" in slot.file else ""
 
 
-def _bytes_per_element(job: TensorJob) -> float:
-    return job.read_bytes / max(1, math.prod(job.shape))
+def _amount(job: TensorJob) -> Amount:
+    """A nanosecond of arithmetic takes about as long as a byte that is read and merged."""
+    cost = METHODS[job.method].cost if job.action == "merge" else None
+    extra = 0.0 if cost is None else cost.nanoseconds(len(job.sources), job.parameters)
+    return Amount(job.read_bytes, job.read_bytes + extra)
 
 
-def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int) -> Work | Copy:
+def _sum(jobs: Iterable[TensorJob]) -> Amount:
+    amounts = [_amount(job) for job in jobs]
+    return Amount(sum(amount.nbytes for amount in amounts), sum(amount.work for amount in amounts))
+
+
+def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int, weight: int) -> Work | Copy:
     sources = [inputs.source(entry) for entry in job.sources]
     same = all(entry.dtype == job.dtype and not entry.changes for entry in job.sources)
     if job.action != "merge" and (same or not is_float(job.dtype)):
@@ -186,6 +199,8 @@ def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int) -> Wo
         output=output,
         keys=job.keys,
         block=block,
+        finish=job.finish,
+        weight=weight,
     )
 
 

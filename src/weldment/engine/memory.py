@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -10,10 +11,12 @@ from weldment.checkpoint.dtypes import ITEM_BYTES
 from weldment.engine.blocks import BLOCK, Grid
 from weldment.engine.pools import can_fork
 from weldment.engine.run import Machine, default_threads
+from weldment.engine.sources import PIECE
 from weldment.engine.workspace import KEPT_BYTES
 from weldment.errors import UserError
 from weldment.methods import METHODS
 from weldment.methods.block import CHUNK
+from weldment.methods.spectral.costs import boosting_numbers
 from weldment.planning.plan import Plan, TensorJob
 
 PROCESS_BYTES = 280_000_000
@@ -28,6 +31,9 @@ WORKER_BYTES = 40_000_000
 FORK_ELEMENTS = 1 << 26
 """Merges of as many elements are worth starting processes for."""
 
+STACKS = 3
+"""Stacks of the experts' largest matrix that a worker may hold by default."""
+
 SCRATCH = 8
 """Blocks of scratch a kernel takes, temporary results included."""
 
@@ -38,30 +44,96 @@ def block_elements(job: TensorJob, block: int) -> int:
     if job.action != "merge":
         return min(block, numel)
     grid = Grid(job.shape, METHODS[job.method].unit_for(job.parameters), block)
+    if grid.unit == "matrix" or is_whole(job):
+        return numel
     if grid.unit == "element":
         return min(block, numel)
-    if grid.unit == "matrix":
-        return numel
     return min(max(block, grid.columns), numel)
 
 
+def is_whole(job: TensorJob) -> bool:
+    """Whether a job merges its tensor in one block, whatever the size of blocks."""
+    if job.action != "merge":
+        return False
+    boosted = job.finish is not None and job.finish.is_whole
+    return boosted or METHODS[job.method].unit_for(job.parameters) == "matrix"
+
+
 def job_bytes(job: TensorJob, block: int, accumulate: str) -> int:
-    """Memory of one thread that works on a job."""
+    """Memory of one worker while it works on a job."""
     elements = block_elements(job, block)
     width = 8 if accumulate == "float64" else 4
-    buffers = len(job.sources) + (job.base is not None) + SCRATCH
-    raw = sum(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
-    doubles = 2 * buffers * 8 if job.method and METHODS[job.method].float64 else 0
+    item = sum(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
+    raw = min(elements, PIECE) * item
     factors = KEPT_BYTES if any(entry.changes for _, entry in job.inputs) else 0
-    return elements * (buffers * width + doubles + raw) + factors
+    models = len(job.sources) + (job.base is not None)
+    method = METHODS[job.method] if job.action == "merge" else None
+    if method is not None and method.cost is not None and is_whole(job):
+        numbers = (models + 1) * elements + method.cost.numbers(len(job.sources), job.parameters)
+        return max(numbers, _boosting(job, models)) * width + raw + factors
+    doubles = 2 * (models + SCRATCH) * 8 if method is not None and method.float64 else 0
+    kernel = elements * ((models + SCRATCH) * width + doubles)
+    return max(kernel, _boosting(job, models) * width) + raw + factors
+
+
+def _boosting(job: TensorJob, models: int) -> int:
+    """Numbers that are held while a tensor's singular values are raised."""
+    if job.finish is None or job.finish.form is None or job.finish.boost is None:
+        return 0
+    return models * math.prod(job.shape) + boosting_numbers(job.finish.form)
+
+
+def stacked_bytes(job: TensorJob, accumulate: str) -> int:
+    """What the experts' elements of a job that merges its tensor in one block take, in the accumulation dtype."""
+    return len(job.sources) * math.prod(job.shape) * (8 if accumulate == "float64" else 4)
+
+
+def weight_of(job: TensorJob, accumulate: str) -> int:
+    """What a worker holds for a job that merges its tensor in one block; 0 for others."""
+    return job_bytes(job, 0, accumulate) if is_whole(job) else 0
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What the jobs of a plan, and of its stages, hold in memory.
+
+    Attributes:
+        blocks: the most that one that works block by block does.
+        whole: the most that one does that needs a whole tensor.
+        stacked: the largest stack of the experts' elements of such a tensor.
+    """
+
+    blocks: int
+    whole: int
+    stacked: int
+
+    @classmethod
+    def of(cls, plan: Plan, block: int) -> _Weights:
+        jobs = [(job, p.recipe.accumulate) for p in (*plan.stages, plan) for job in p.jobs]
+        return cls(
+            max((job_bytes(job, block, kind) for job, kind in jobs if not is_whole(job)), default=0),
+            max((weight_of(job, kind) for job, kind in jobs), default=0),
+            max((stacked_bytes(job, kind) for job, kind in jobs if is_whole(job)), default=0),
+        )
+
+    def budget(self, threads: int) -> int:
+        """What jobs that need whole tensors may hold together: three stacks a worker, and room for the largest."""
+        return max(self.whole, STACKS * threads * self.stacked - PROCESS_BYTES)
+
+    def working(self, threads: int, budget: int | None = None) -> int:
+        """The most that all workers hold."""
+        held = min(threads * self.whole, self.budget(threads) if budget is None else budget)
+        return max(threads * self.blocks, held + (threads - 1) * self.blocks if held else 0)
 
 
 def peak_bytes(plan: Plan, threads: int, block: int = BLOCK) -> int:
     """Forecast of the peak resident memory of a merge."""
-    plans = (*plan.stages, plan)
-    working = max((job_bytes(job, block, p.recipe.accumulate) for p in plans for job in p.jobs), default=0)
-    records = 6000 * sum(len(p.jobs) + len(p.ledger) for p in plans)
-    return PROCESS_BYTES + threads * working + (threads - 1) * WORKER_BYTES + records
+    return _fixed_bytes(plan, threads) + _Weights.of(plan, block).working(threads)
+
+
+def _fixed_bytes(plan: Plan, threads: int) -> int:
+    records = 6000 * sum(len(p.jobs) + len(p.ledger) for p in (*plan.stages, plan))
+    return PROCESS_BYTES + (threads - 1) * WORKER_BYTES + records
 
 
 def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) -> tuple[Machine, int]:
@@ -79,12 +151,15 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
         _refuse_float64(plan)
     wanted = threads or default_threads()
     if max_memory is None:
-        return _machine(plan, chosen, wanted), _block_sizes(chosen)[0]
+        block = _block_sizes(chosen)[0]
+        return _machine(plan, chosen, wanted, _Weights.of(plan, block).budget(wanted)), block
     for count in range(wanted, 0, -1):
         for block in _block_sizes(chosen):
-            if peak_bytes(plan, count, block) <= max_memory:
-                return _machine(plan, chosen, count), block
-    least = peak_bytes(plan, 1, CHUNK)
+            weights, room = _Weights.of(plan, block), max_memory - _fixed_bytes(plan, count)
+            budget = room - (count - 1) * weights.blocks
+            if weights.whole <= budget and count * weights.blocks <= room:
+                return _machine(plan, chosen, count, budget), block
+    least = _fixed_bytes(plan, 1) + _Weights.of(plan, CHUNK).working(1)
     raise UserError(
         f"this merge cannot work in {max_memory / 1e6:.1f} MB of memory",
         where="--max-memory",
@@ -92,15 +167,17 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
     )
 
 
-def _machine(plan: Plan, device: str, threads: int) -> Machine:
+def _machine(plan: Plan, device: str, threads: int, budget: int) -> Machine:
     """Large merges on several processors get processes, which take a moment to start."""
     elements = sum(math.prod(job.shape) for part in (*plan.stages, plan) for job in part.jobs)
-    return Machine(device, threads, processes=device == "cpu" and elements >= FORK_ELEMENTS and can_fork())
+    return Machine(
+        device, threads, processes=device == "cpu" and elements >= FORK_ELEMENTS and can_fork(), budget=budget
+    )
 
 
 def _refuse_float64(plan: Plan) -> None:
     for job in (job for part in (*plan.stages, plan) for job in part.jobs if job.action == "merge"):
-        if METHODS[job.method].needs_float64(job.parameters):
+        if METHODS[job.method].needs_float64(job.parameters) or (job.finish is not None and job.finish.is_whole):
             raise UserError(f"{job.method} needs float64, which mps devices lack", fix="Use --device cpu")
 
 

@@ -15,8 +15,8 @@ from weldment.engine.checksum import Outcome
 from weldment.engine.copying import Copy, copy_stages
 from weldment.engine.lanes import lane_for
 from weldment.engine.pools import process_pool, thread_pool
-from weldment.engine.scheduler import Scheduler, Stages
-from weldment.engine.work import Part, Work, Worker, Works, statistic_stages, tensor_stages
+from weldment.engine.scheduler import Scheduler, Stages, Task
+from weldment.engine.work import Part, Work, Worker, Works, merge_span, statistic_stages, tensor_stages
 from weldment.engine.workspace import Workspace
 
 
@@ -29,12 +29,14 @@ class Machine:
         threads: workers.
         accumulate: "float32" or "float64".
         processes: workers are processes, not threads (see `pools`).
+        budget: bytes that tasks of weight (`Work.weight`) may hold at a time, or None.
     """
 
     device: str = "cpu"
     threads: int = 1
     accumulate: str = "float32"
     processes: bool = False
+    budget: int | None = None
 
     def workspace(self) -> Workspace:
         """A worker's buffers."""
@@ -78,11 +80,19 @@ def run_works(
 
     try:
         with start(machine.threads, partial(_worker, machine, works)) as pool:
-            runner = Scheduler(pool, done)
+            runner = Scheduler(pool, done, weigh=partial(_weight, works), budget=machine.budget)
             shared = _model_statistics(works, runner)
             runner.run(_stages(works, shared, finished, pending))
     finally:
         torch.set_num_threads(before)
+
+
+def _weight(works: Sequence[Work | Copy], task: Task) -> int:
+    """Of a task that merges a tensor as a whole; other tasks work on blocks."""
+    if not isinstance(task, partial) or task.func is not merge_span:
+        return 0
+    work = works[task.args[0]]
+    return work.weight if isinstance(work, Work) else 0
 
 
 def _worker(machine: Machine, works: Sequence[Work | Copy]) -> Worker:

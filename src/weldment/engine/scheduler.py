@@ -24,6 +24,10 @@ Task = Callable[[Any], Any]
 Stages = Generator[list[Task], list[Any], Any]
 
 
+_WAITING = 64
+"""Tasks that wait for memory while lighter ones overtake them."""
+
+
 class Pool(Protocol):
     """Workers that run tasks."""
 
@@ -73,11 +77,24 @@ class Scheduler:
     Args:
         pool: the workers.
         done: called with the result of every finished task.
+        weigh: bytes that a task holds while it runs, where that is much; else 0.
+        budget: of such bytes, for all tasks that run at a time; None for any. A task that is heavier runs without
+            others of weight.
     """
 
-    def __init__(self, pool: Pool, done: Callable[[Any], None] = lambda result: None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        done: Callable[[Any], None] = lambda result: None,
+        *,
+        weigh: Callable[[Task], int] = lambda task: 0,
+        budget: int | None = None,
+    ) -> None:
         self._pool = pool
         self._done = done
+        self._weigh = weigh
+        self._budget = budget
+        self._weights: dict[Future[Any], int] = {}
         self._stopped = False
         self._ready: deque[tuple[_Stage, int, Task]] = deque()
         self._running: dict[Future[Any], tuple[_Stage, int]] = {}
@@ -112,17 +129,31 @@ class Scheduler:
     def _submit(self, waiting: Iterator[Stages]) -> bool:
         """Keep a task in hand for every worker; whether any are running."""
         while not self._stopped and len(self._running) < 2 * self._pool.size:
-            if self._ready:
-                stage, index, task = self._ready.popleft()
-                self._running[self._pool.submit(task)] = stage, index
-            elif (job := next(waiting, None)) is not None:
+            place = next((n for n, (_, _, task) in enumerate(self._ready) if self._fits(task)), None)
+            if place is not None:
+                stage, index, task = self._ready[place]
+                del self._ready[place]
+                future = self._pool.submit(task)
+                self._running[future] = stage, index
+                self._weights[future] = self._weigh(task)
+            elif len(self._ready) < _WAITING and (job := next(waiting, None)) is not None:
                 self._advance(job, None)
             else:
                 break
         return bool(self._running) and not self._stopped
 
+    def _fits(self, task: Task) -> bool:
+        """Whether a task may start: those of weight only on a free worker, and within the budget."""
+        weight, held = self._weigh(task), sum(self._weights.values())
+        if weight == 0:
+            return True
+        if len(self._running) >= self._pool.size:
+            return False
+        return held == 0 or self._budget is None or held + weight <= self._budget
+
     def _finish(self, future: Future[Any]) -> None:
         stage, index = self._running.pop(future)
+        self._weights.pop(future, None)
         stage.results[index] = result = self._pool.result(future)
         self._done(result)
         stage.left -= 1
@@ -146,4 +177,5 @@ class Scheduler:
             future.cancel()
         wait(self._running)
         self._running.clear()
+        self._weights.clear()
         self._ready.clear()

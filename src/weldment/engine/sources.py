@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIECE = 1 << 22
+"""Elements that are read at a time into large blocks, whose bytes need not all be there at once."""
+
+
 class Source(Protocol):
     """The elements of one tensor of one model, flattened."""
 
@@ -100,8 +104,19 @@ class MemorySource:
         """They are in memory."""
 
 
+def read_one(source: Source, start: int, out: Tensor, workspace: Workspace) -> None:
+    """Fill `out` with the elements of a source."""
+    flat = out.view(-1)
+    for low in range(0, flat.numel(), PIECE):
+        source.read(start + low, flat[low : low + PIECE] if flat.numel() > PIECE else out, workspace)
+
+
 def read_all(sources: Sequence[Source], start: int, out: Tensor, workspace: Workspace) -> None:
     """Fill `out` (T, ...) with the elements of T sources; files of one dtype are converted together."""
+    if out[0].numel() > PIECE:
+        for low in range(0, out[0].numel(), PIECE):
+            read_all(sources, start + low, out.view(len(out), -1)[:, low : low + PIECE], workspace)
+        return
     files = [source for source in sources if isinstance(source, FileSource)]
     if len(files) < len(sources) or len({file.dtype for file in files}) > 1:
         for source, row in zip(sources, out, strict=True):

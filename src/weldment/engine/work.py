@@ -18,9 +18,10 @@ from weldment.engine.lanes import Lane
 from weldment.engine.order import select
 from weldment.engine.outputs import Output, Span
 from weldment.engine.scheduler import Stages
-from weldment.engine.sources import Source, read_all
+from weldment.engine.sources import Source, read_all, read_one
 from weldment.engine.workspace import Workspace
-from weldment.methods.block import Block, OrderStatistic, Statistic, Total
+from weldment.methods.block import Block, OrderStatistic, Statistic, Total, required
+from weldment.methods.finish import Finish, finished
 from weldment.methods.method import Method
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class Work:
     Attributes:
         parameters: the kernel's keyword arguments.
         keys: random keys, one per model.
+        weight: bytes that a task holds while it runs, where that is much; else 0.
         dtype: safetensors name of the output's dtype.
         block: elements of a block.
+        finish: what is done to what the kernel gives, with the base's elements.
     """
 
     name: str
@@ -71,10 +74,18 @@ class Work:
     output: Output
     keys: Sequence[int] = ()
     block: int = BLOCK
+    finish: Finish | None = None
+    weight: int = 0
 
     @property
     def grid(self) -> Grid:
         return Grid(self.shape, self.method.unit_for(self.parameters), self.block)
+
+    @property
+    def merge_grid(self) -> Grid:
+        """The cutting for the pass that merges: one block, in the kernel's own view, where all elements are needed."""
+        is_whole = self.finish is not None and self.finish.is_whole
+        return replace(self.grid, block=max(self.block, self.numel)) if is_whole else self.grid
 
     @cached_property
     def numel(self) -> int:
@@ -89,10 +100,7 @@ class Work:
         """Read the same elements of every model."""
         stack, models = workspace.stack(len(self.sources), cut.view)
         read_all(self.sources, cut.start, stack, workspace)
-        base = None
-        if self.base is not None:
-            base = workspace.numbers("base", cut.view)
-            self.base.read(cut.start, base, workspace)
+        base = self._base(cut, workspace) if self.method.takes_base else None
         return Block(
             list(models),
             base,
@@ -103,6 +111,21 @@ class Work:
             pool=workspace.scratch,
             stack=stack,
         )
+
+    def _base(self, cut: Range, workspace: Workspace) -> Tensor | None:
+        if self.base is None:
+            return None
+        base = workspace.numbers("base", cut.view)
+        read_one(self.base, cut.start, base, workspace)
+        return base
+
+    def merge(self, block: Block, cut: Range, workspace: Workspace) -> Tensor:
+        """The merged elements of a block, finished."""
+        merged = self.method.kernel(block, **self.parameters)
+        if self.finish is None:
+            return merged
+        base = self._base(cut, workspace) if block.base is None else block.base
+        return finished(merged, required(base), self.finish)
 
 
 class Worker(Workspace):
@@ -155,7 +178,7 @@ def tensor_stages(place: int, work: Work, shared: Mapping[str, Any], finished: C
     for statistic in work.method.statistics_for(work.parameters) if work.numel else ():
         if statistic.name not in statistics:
             statistics[statistic.name] = yield from statistic_stages({place: work}, statistic, statistics)
-    parts = yield [partial(_merge_span, place, span, statistics) for span in work.grid.spans()]
+    parts = yield [partial(merge_span, place, span, statistics) for span in work.merge_grid.spans()]
     finished(joined(Checksum(work.numel, work.dtype), parts))
 
 
@@ -238,16 +261,18 @@ def _series(
     return [found[n].reshape(-1) for n in wanted]
 
 
-def _merge_span(place: int, span: tuple[int, int], statistics: Mapping[str, Any], worker: Worker) -> Part:
+def merge_span(place: int, span: tuple[int, int], statistics: Mapping[str, Any], worker: Worker) -> Part:
     """Merge and write a span."""
     work = worker.works[place]
     nonfinite = 0
     checksum = Checksum(work.numel, work.dtype).part(*span)
     with closing(work.output.span(span[0], worker)) as output:
-        for cut in work.grid.blocks(span):
-            merged = work.method.kernel(worker.load(place, cut, statistics), **work.parameters).reshape(-1)
+        for cut in work.merge_grid.blocks(span):
+            merged = work.merge(worker.load(place, cut, statistics), cut, worker).reshape(-1)
             for start in range(0, cut.numel, BLOCK):
                 nonfinite += emit(merged[start : start + BLOCK], cut.start + start, output, checksum, worker)
+    if work.weight:
+        worker.release()
     return Part(place, span[1] - span[0], nonfinite, checksum)
 
 

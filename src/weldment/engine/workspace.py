@@ -132,6 +132,14 @@ class Workspace:
             self._views[key] = found
         return found
 
+    def release(self) -> None:
+        """Give all buffers back: what comes next may need far smaller ones."""
+        for mark in self._sent.values():
+            mark.wait()
+        self._sent.clear()
+        self._views.clear()
+        self._buffers.clear()
+
     def _buffer(self, name: Any, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:

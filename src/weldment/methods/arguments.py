@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,38 @@ def checked(parameter: Parameter, value: Any, factor: float | None = None) -> An
         if word not in parameter.choices:
             raise ValueError(f"`{parameter.name}` must be one of {', '.join(parameter.choices)}, not {value!r}")
         return word
+    if parameter.kind in ("patterns", "counts"):
+        return _by_pattern(parameter, value)
     return _number(parameter, value, factor)
+
+
+def _by_pattern(parameter: Parameter, value: Any) -> Any:
+    """A tuple of regular expressions, or a mapping of them to whole numbers; None if nothing is given."""
+    if value is None:
+        return None
+    found = _patterns(parameter, value) if parameter.kind == "patterns" else _counts(parameter, value)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`{parameter.name}`: {pattern!r} is no regular expression: {error}") from error
+    return found
+
+
+def _patterns(parameter: Parameter, value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) and item for item in listed):
+        raise ValueError(f"`{parameter.name}` must be a list of regular expressions, not {value!r}")
+    return tuple(listed)
+
+
+def _counts(parameter: Parameter, value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"`{parameter.name}` must be a mapping of regular expressions to numbers, not {value!r}")
+    for count in value.values():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"`{parameter.name}` must have whole numbers of at least 1, not {count!r}")
+    return dict(value)
 
 
 def _number(parameter: Parameter, value: Any, factor: float | None) -> float | int:

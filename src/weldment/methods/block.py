@@ -75,6 +75,12 @@ class Block:
         return self.stack
 
 
+def required(base: Tensor | None) -> Tensor:
+    """The base, which methods that need one always get."""
+    assert base is not None
+    return base
+
+
 @dataclass(frozen=True)
 class Total:
     """A sum over the tensor, in float64, taken chunk by chunk in a fixed order.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from weldment.methods.block import Statistic, Total, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["float", "int", "bool", "choice"]
+Kind = Literal["float", "int", "bool", "choice", "patterns", "counts"]
+"""`patterns`: regular expressions, of which names must match one from their start; `counts`: a whole number of at
+least 1 for each of several regular expressions."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,26 @@ class Parameter:
     required: bool = False
 
     @property
+    def by_pattern(self) -> bool:
+        """Whether its value speaks of names of tensors, and so is one for the whole merge."""
+        return self.kind in ("patterns", "counts")
+
+    @property
     def argument(self) -> str:
         """The keyword under which kernels receive it (`lambda` is `lambda_`)."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+
+class Cost(Protocol):
+    """What a tensor costs, from the number of models and the kernel's arguments."""
+
+    def numbers(self, models: int, parameters: Mapping[str, Any]) -> int:
+        """Numbers that the kernel holds at most besides the models', the base's and the merged elements."""
+        ...
+
+    def nanoseconds(self, models: int, parameters: Mapping[str, Any]) -> float:
+        """How long its arithmetic takes on one core, about."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,9 @@ class Method:
         random: uses `block.keys`.
         float64: the kernel or its order statistics calculate in float64 on the device.
         check: called with the parameters of each tensor; raises ValueError with the cause.
+        arrange: called with the parameters of each tensor, its name and shape and whether it holds token
+            embeddings (or their inverse, a head); gives the kernel's arguments. Raises ValueError with the cause.
+        cost: memory and time; None for a few blocks, and the time of reading and averaging.
     """
 
     name: str
@@ -75,8 +97,15 @@ class Method:
     random: bool = False
     float64: bool = False
     check: Callable[..., None] | None = None
+    arrange: Callable[..., dict[str, Any]] | None = None
+    cost: Cost | None = None
     paper: str = ""
     url: str = ""
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether kernels get a base besides the models; they must not see one that only post-processing needs."""
+        return self.base != "unused" and not self.base_is_model
 
     def unit_for(self, parameters: Mapping[str, Any]) -> Unit:
         """The unit this method needs with these parameters."""
@@ -89,6 +118,14 @@ class Method:
     def needs_float64(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the device must have float64: totals are summed in it."""
         return self.float64 or any(isinstance(statistic, Total) for statistic in self.statistics_for(parameters))
+
+    def arranged(
+        self, parameters: Mapping[str, Any], name: str, shape: tuple[int, ...], *, is_embedding: bool
+    ) -> dict[str, Any]:
+        """The kernel's arguments for one tensor; ValueError if they do not fit it."""
+        if self.arrange is None:
+            return dict(parameters)
+        return self.arrange(parameters, name, shape, is_embedding=is_embedding)
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of this name or alias, or None."""

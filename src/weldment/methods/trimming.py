@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -79,3 +80,43 @@ def della_levels(tau: Tensor, density: float, epsilon: float, out: Tensor, keys:
 def _by_rank(columns: int, density: float, epsilon: float) -> Tensor:
     rising = torch.arange(columns, dtype=torch.float64).mul_(2.0 * epsilon / (columns - 1)).add_(density - epsilon)
     return rising.mul_(LEVELS).round_().clamp_(1.0, LEVELS).float()
+
+
+_SAMPLE = 1 << 16
+"""About so many numbers tell where to look for one of a given rank."""
+
+
+def kth_smallest(numbers: Callable[[int], Tensor], pieces: int, count: int, rank: int) -> float:
+    """The number of a rank, 0 for the smallest, among those of several tensors that are not NaN.
+
+    A sample gives an interval that the number lies in almost surely; one more look at all numbers counts those
+    below it and collects those in it. Neither copies them all.
+
+    Args:
+        numbers: gives the tensor of a piece; it may be overwritten by the next call.
+        count: numbers that are not NaN.
+    """
+    step = max(1, count // _SAMPLE)
+    sample = torch.cat([_every(numbers(piece), step) for piece in range(pieces)])
+    sample = sample[sample == sample].sort().values
+    place, margin = rank / count * len(sample), 4.0 * len(sample) ** 0.5 + 1.0
+    low, high = int(place - margin), int(place + margin)
+    least = float(sample[low]) if low > 0 else -math.inf
+    most = float(sample[high]) if high < len(sample) else math.inf
+    below, inside = 0, []
+    for piece in range(pieces):
+        values = numbers(piece).reshape(-1)
+        below += int((values < least).sum())
+        inside.append(values[(values >= least) & (values <= most)])
+    found = torch.cat(inside)
+    if not 0 <= rank - below < len(found):
+        found, below = torch.cat([numbers(piece).reshape(-1).clone() for piece in range(pieces)]), 0
+        found = found[found == found]
+    return float(found.kthvalue(rank - below + 1).values)
+
+
+def _every(numbers: Tensor, step: int) -> Tensor:
+    """Every so-manieth number, with a step that meets all columns."""
+    while math.gcd(step, numbers.shape[-1]) > 1:
+        step += 1
+    return numbers.reshape(-1)[::step].clone()

@@ -14,6 +14,7 @@ from weldment.planning.files import config_model, file_notes, side_model, tokeni
 from weldment.planning.inputs import Inputs, gather
 from weldment.planning.jobs import copy_job, head_name_of, merge_jobs
 from weldment.planning.ledger import account
+from weldment.planning.patterns import check_patterns
 from weldment.planning.plan import Plan, TensorJob
 from weldment.planning.requests import Request, Slicing, is_in_stack, slicing, whole_models
 from weldment.planning.roles import input_embedding
@@ -44,7 +45,8 @@ def build_plan(
     tokenizer, tokenizer_problems = tokenizer_model(inputs, left.taken, stages)
     words = compare_vocabularies(inputs) if _merges_embeddings(made.jobs) else VocabularyFindings()
     problems: list[WeldmentError] = [*left.problems, *slice_problems, *_taken_layers(inputs, left, sliced)]
-    problems += [*made.problems, *tokenizer_problems, *words.problems]
+    patterns = check_patterns(inputs, made.jobs)
+    problems += [*made.problems, *tokenizer_problems, *words.problems, *patterns.problems]
     if problems:
         raise joined(PlanError, problems)
     jobs = [*made.jobs, *(copy_job(found, dtype=recipe.dtype) for found in left.taken)]
@@ -53,7 +55,14 @@ def build_plan(
     jobs = jobs if sliced else _in_file_order(inputs, jobs)
     heads, head_jobs = _heads(inputs, left)
     side = side_model(inputs, stages)
-    notes = [*recipe.notes, *inputs.notes, *left.notes, *words.notes, *file_notes(inputs, side, tokenizer)]
+    notes = [
+        *recipe.notes,
+        *inputs.notes,
+        *left.notes,
+        *words.notes,
+        *patterns.notes,
+        *file_notes(inputs, side, tokenizer),
+    ]
     return Plan(
         recipe=recipe,
         models=models,

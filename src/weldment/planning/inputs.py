@@ -22,7 +22,7 @@ class Inputs:
     Attributes:
         models: every model that the recipe names, opened.
         experts: the merged models, in order.
-        base: the base that takes part in the arithmetic, None if there is none.
+        base: the base that takes part in the arithmetic, be it that after the method; None if there is none.
         reference: the model that gives the tensors' names and their order, the configuration and the side files.
         tensors: of every model, under the reference's names.
         notes: how names were matched.
@@ -48,7 +48,6 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
     """Find out what each model is in this merge and match the names of its tensors."""
     method = METHODS[recipe.method]
     experts = experts_of(recipe)
-    takes_part = method.base != "unused" and not method.base_is_model
     reference = recipe.base_model or (recipe.slices[0].sources[0] if recipe.slices else experts[0]).model
     wanted = {name: entry.shape for name, entry in models[reference].tensors.items()}
     tensors: dict[str, Mapping[str, TensorEntry]] = {}
@@ -63,5 +62,5 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
         for change, found in renamed.items()
     ]
     notes += [note for checkpoint in models.values() for note in checkpoint.notes]
-    base = recipe.base_model if takes_part else None
+    base = recipe.base_model if method.takes_base or recipe.is_finished else None
     return Inputs(recipe, method, models, tuple(experts), base, reference, tensors, tuple(notes))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 from weldment.checkpoint.dtypes import is_float
 from weldment.checkpoint.model import Checkpoint
 from weldment.errors import RecipeError, WeldmentError
 from weldment.methods.masks import tensor_key
+from weldment.planning.finishing import finish_of
 from weldment.planning.inputs import Inputs
+from weldment.planning.layers import depths
 from weldment.planning.misfits import Holder, Misfits
 from weldment.planning.plan import TensorJob
 from weldment.planning.requests import Request
-from weldment.planning.roles import is_recomputed
+from weldment.planning.roles import holds_tokens, is_recomputed
 from weldment.planning.sorting import Found, Sorted
 from weldment.recipe import resolve
 
@@ -33,13 +36,15 @@ def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Job
     """A job for each request; what does not fit is among the problems, and constants that are left out in `left`."""
     misfits = Misfits(inputs)
     made = Jobs()
+    requests = list(requests)
+    stacks = depths([*(request.name for request in requests), *(found.name for found in left.taken)])
     for request in requests:
         holders = _holders(inputs, left, request)
         if _is_constant(request, holders):
             made.jobs += _constant_jobs(left, request, holders)
         elif misfits.fits(request.name, holders, inputs.tensors[inputs.reference].get(request.parts[0].tensor)):
             try:
-                made.jobs.append(_job(inputs, request, holders))
+                made.jobs.append(_job(inputs, request, holders, stacks))
             except RecipeError as error:
                 made.problems.append(error)
     made.problems += misfits.problems()
@@ -69,16 +74,18 @@ def _constant_jobs(left: Sorted, request: Request, holders: Sequence[Holder]) ->
     return [] if entry is None else [copy_job(Found(model, request.name, entry))]
 
 
-def _job(inputs: Inputs, request: Request, holders: Sequence[Holder]) -> TensorJob:
+def _job(inputs: Inputs, request: Request, holders: Sequence[Holder], stacks: Mapping[str, int]) -> TensorJob:
+    """A job for a tensor that all models have; `stacks` are the output's, with their numbers of layers."""
     found = [(model, entry) for model, entry in holders if entry is not None]
     models, entries = tuple(model for model, _ in found), tuple(entry for _, entry in found)
     sources, base = (entries[:-1], entries[-1]) if request.base is not None else (entries, None)
-    first = base or sources[0]
+    first = base if base is not None and inputs.method.takes_base else sources[0]
     if not is_float(first.dtype):
         return TensorJob(request.name, first.dtype, first.shape, "agree", (*sources, *([base] if base else [])), models)
     dtype = inputs.recipe.dtype or first.dtype
-    parameters = resolve(inputs.recipe, inputs.method, request)
-    if inputs.method.name == "passthrough" and parameters["scale"] == (1.0,):
+    parameters = _arguments(inputs, request, first.shape)
+    finish = finish_of(inputs.recipe, request.name, first.shape, stacks)
+    if inputs.method.name == "passthrough" and parameters["scale"] == (1.0,) and finish is None:
         return TensorJob(request.name, dtype, first.shape, "copy", sources, models, parameters=parameters)
     return TensorJob(
         request.name,
@@ -91,7 +98,17 @@ def _job(inputs: Inputs, request: Request, holders: Sequence[Holder]) -> TensorJ
         inputs.method.name,
         parameters,
         tuple(_keys(request, inputs.recipe.seed)) if inputs.method.random else (),
+        finish=finish,
     )
+
+
+def _arguments(inputs: Inputs, request: Request, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The kernel's arguments."""
+    parameters = resolve(inputs.recipe, inputs.method, request)
+    try:
+        return inputs.method.arranged(parameters, request.name, shape, is_embedding=holds_tokens(request.name))
+    except ValueError as error:
+        raise RecipeError(str(error), where=f"{inputs.recipe.origin}: {request.name}") from error
 
 
 def _keys(request: Request, seed: int) -> list[int]:

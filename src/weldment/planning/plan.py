@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from weldment.checkpoint.layout import Layout
 from weldment.checkpoint.model import Checkpoint, TensorEntry
+from weldment.methods.finish import Finish
 from weldment.recipe.recipe import Recipe
 
 Action = Literal["merge", "copy", "agree"]
@@ -29,6 +30,7 @@ class TensorJob:
         models: references of the models that the sources, and last the base, belong to.
         parameters: the kernel's keyword arguments.
         file: "" for the model itself, or the file of a head.
+        finish: what is done to the merged tensor, None where the recipe asks for nothing.
     """
 
     name: str
@@ -42,6 +44,7 @@ class TensorJob:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[int, ...] = ()
     file: str = ""
+    finish: Finish | None = None
 
     @property
     def inputs(self) -> tuple[tuple[str, TensorEntry], ...]:
@@ -65,6 +68,7 @@ class TensorJob:
             "base": [self.models[-1], self.base.name, self.base.dtype] if self.base else None,
             "parameters": dict(self.parameters),
             "keys": list(self.keys),
+            **({"finish": asdict(self.finish)} if self.finish is not None else {}),
         }
 
 

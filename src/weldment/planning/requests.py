@@ -9,6 +9,7 @@ from typing import Any
 from weldment.errors import PlanError
 from weldment.planning.inputs import Aligned, Inputs
 from weldment.planning.layers import LayerName, depths, is_embedding, layer_of, position, sliced_stack
+from weldment.planning.roles import is_head
 from weldment.recipe import slice_experts
 from weldment.recipe.recipe import Recipe, Settings, Slice, SliceSource
 
@@ -28,7 +29,7 @@ class Request:
 
     Attributes:
         parts: in the order of the recipe.
-        base: name of the base's tensor, None where the method uses no base.
+        base: name of the base's tensor, None where no base is needed.
         levels: parameters that are not per model, most specific first.
         position: where on the way through the layers of the model (or slice) it lies, 0 to 1; None outside layers.
     """
@@ -212,4 +213,4 @@ def is_in_stack(name: str, stack: str) -> bool:
 
 
 def _is_before(name: str) -> bool:
-    return is_embedding(name) or layer_of(name) is not None
+    return (is_embedding(name) and not is_head(name)) or layer_of(name) is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from weldment.checkpoint.model import TensorEntry
-from weldment.planning.layers import OTHER_TOWER
+from weldment.planning.layers import OTHER_TOWER, is_embedding
 
 Tensors = Mapping[str, TensorEntry]
 
@@ -46,6 +46,11 @@ def head_name(tensors: Iterable[str]) -> str | None:
 def is_head(name: str) -> bool:
     """Whether a tensor is an output embedding."""
     return _HEAD.search(name) is not None
+
+
+def holds_tokens(name: str) -> bool:
+    """Whether the rows of a tensor belong to tokens or positions: embeddings and heads."""
+    return is_head(name) or is_embedding(name)
 
 
 def input_embedding(tensors: Iterable[str]) -> str | None:

@@ -9,10 +9,11 @@ from typing import Any
 from weldment.errors import RecipeError
 from weldment.methods import METHODS, Parameter
 from weldment.recipe.dialects import refuse_foreign
-from weldment.recipe.inputs import IMPLIED, experts_of, misfits, slice_experts
+from weldment.recipe.drm_file import is_file, read_file
+from weldment.recipe.inputs import IMPLIED, experts_of, misfits, missing_base, slice_experts
 from weldment.recipe.parameters import is_conditional
 from weldment.recipe.peft_call import build_call, is_call
-from weldment.recipe.recipe import ModelInput, Recipe, Settings, Slice, SliceSource
+from weldment.recipe.recipe import LayerScale, ModelInput, Recipe, Settings, Slice, SliceSource
 from weldment.recipe.schema import RecipeSection, check_shape
 from weldment.recipe.settings import Findings, Steps, settings_by_path
 from weldment.recipe.words import Place, shown, suggestion, yaml_path
@@ -25,6 +26,8 @@ def build_recipe(document: Mapping[str, Any], place: Place) -> tuple[Recipe | No
     """The recipe that a plain document describes, or None and all that is wrong with it."""
     if is_call(document):
         return build_call(document, place)
+    if is_file(document):
+        return _build_file(document, place)
     try:
         refuse_foreign(document, place)
     except RecipeError as error:
@@ -34,7 +37,22 @@ def build_recipe(document: Mapping[str, Any], place: Place) -> tuple[Recipe | No
     settings = settings_by_path(document, place, findings)
     if section is None or (section.models is None) == (section.slices is None):
         return None, findings.problems
-    recipe = _Builder(section, settings, place).recipe(document)
+    return _checked(_Builder(section, settings, place).recipe(document), section, findings, place)
+
+
+def _build_file(document: Mapping[str, Any], place: Place) -> tuple[Recipe | None, list[RecipeError]]:
+    """The recipe that a configuration file of DRM's stands for, or None and all that is wrong with it."""
+    file = read_file(document, place)
+    if file.section is None or file.findings.problems:
+        return None, file.findings.problems
+    recipe = _Builder(file.section, file.settings, place).recipe(document)
+    return _checked(replace(recipe, save_path=file.section.save_path), file.section, file.findings, place)
+
+
+def _checked(
+    recipe: Recipe, section: RecipeSection, findings: Findings, place: Place
+) -> tuple[Recipe | None, list[RecipeError]]:
+    """The recipe with its notes, or None and what was found and what only the whole recipe shows to be wrong."""
     problems, notes = misfits(_with_base(recipe), place)
     findings.problems += [*problems, *_unknown_models(section, recipe, place)]
     findings.problems += missing_parameters(recipe, place)
@@ -44,14 +62,12 @@ def build_recipe(document: Mapping[str, Any], place: Place) -> tuple[Recipe | No
 
 
 def baseless(recipe: Recipe) -> list[RecipeError]:
-    """The error of a recipe without the base that its method needs.
+    """The errors of a recipe without the base that its method, or what is done after it, needs.
 
-    It stands unless all models are adapters, for which the base is no change at all; the recipe alone does not
+    They stand unless all models are adapters, for which the base is no change at all; the recipe alone does not
     show that.
     """
-    if recipe.base_model is not None or METHODS[recipe.method].base != "required":
-        return []
-    return misfits(recipe, Place(recipe.origin))[0]
+    return missing_base(recipe, Place(recipe.origin))
 
 
 def _with_base(recipe: Recipe) -> Recipe:
@@ -87,6 +103,8 @@ class _Builder:
             output=section.output,
             space=section.space,
             rank=section.rank,
+            layer_scale=section.layer_scale and LayerScale(section.layer_scale.first, section.layer_scale.last),
+            subspace_boost=section.subspace_boost,
             heads=section.heads,
             take=section.take,
             drop=section.drop,

@@ -20,11 +20,6 @@ class Dialect:
 
 FOREIGN = (
     Dialect(
-        "a DRM configuration",
-        frozenset({"merging_config", "save_path"}),
-        "Write it with `models`, `base_model` and `merge_method`",
-    ),
-    Dialect(
         "a mixture-of-experts configuration",
         frozenset({"gate_mode", "experts", "experts_per_token"}),
         "Merging into one dense model takes `models` and `merge_method`",

@@ -50,8 +50,8 @@ def _experts(inputs: Sequence[Input], base: str | None, method: Method) -> tuple
 def misfits(recipe: Recipe, place: Place) -> tuple[list[RecipeError], list[str]]:
     """What is wrong with the number of models and with the base, and notes on what has no effect."""
     method = METHODS[recipe.method]
-    if method.base == "required" and recipe.base_model is None:
-        return [place.problem(f"{method.name} needs a base model", _base_advice(method))], []
+    if missing := missing_base(recipe, place):
+        return missing, []
     if not recipe.slices:
         return _count(experts_of(recipe), recipe.models, method, place, "models"), _idle(recipe, method, recipe.models)
     problems: list[RecipeError] = []
@@ -62,6 +62,18 @@ def misfits(recipe: Recipe, place: Place) -> tuple[list[RecipeError], list[str]]
         problems += _repeated_base(recipe, piece, method, place)
         notes += _idle(recipe, method, piece.sources)
     return problems, notes
+
+
+def missing_base(recipe: Recipe, place: Place) -> list[RecipeError]:
+    """An error for what needs a base, the method or keys of the recipe, if there is none."""
+    method = METHODS[recipe.method]
+    if recipe.base_model is not None:
+        return []
+    if method.base == "required":
+        return [place.problem(f"{method.name} needs a base model", _base_advice(method))]
+    keys = [key for key in ("layer_scale", "subspace_boost") if getattr(recipe, key) is not None]
+    cause = "changes what the merge adds to a base model, and there is no `base_model`"
+    return [place.at(key).problem(f"`{key}` {cause}", _base_advice(method)) for key in keys]
 
 
 def _base_advice(method: Method) -> str:
@@ -99,7 +111,7 @@ def _are(count: int) -> str:
 
 def _repeated_base(recipe: Recipe, piece: Slice, method: Method, place: Place) -> list[RecipeError]:
     times = sum(source.model == recipe.base_model for source in piece.sources)
-    if method.base == "unused" or method.base_is_model or times < 2:
+    if times < 2 or not (method.takes_base or (recipe.is_finished and not method.base_is_model)):
         return []
     cause = f"the base is listed {times} times, and which of its layers is the base is not said"
     return [place.at(f"{piece.where}.sources").problem(cause, "List the base once")]

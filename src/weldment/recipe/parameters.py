@@ -101,6 +101,8 @@ def value_of(parameter: Parameter, levels: Sequence[Settings], tensor: str, posi
         setting = settings.get(parameter.name)
         if setting is None:
             continue
+        if parameter.by_pattern:
+            return setting
         if is_conditional(setting):
             setting = _first_fitting(setting, tensor)
             if setting is None:

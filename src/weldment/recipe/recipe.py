@@ -46,6 +46,14 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class LayerScale:
+    """LiNeS: factors of the merged change, from the first layer's to the last's."""
+
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
 class Combination:
     """A call of PEFT's `add_weighted_adapter`, its weights being those of the models.
 
@@ -85,6 +93,8 @@ class Recipe:
         space: where adapters are merged: "delta", "core", "factors" or "cat"; None where the recipe does not say.
         rank: of the merged adapter: a number, "auto" (by energy) or "full"; None for the largest of the adapters.
         combination: the call of PEFT's that the recipe is, or None.
+        layer_scale, subspace_boost: what is done to the merged change after the method; None for nothing.
+        save_path: the output folder, where the recipe names one and the user none.
         notes: what was accepted but has no effect, one sentence each.
         source: the recipe's YAML mapping after overrides, as the user wrote it.
         origin: file name for messages.
@@ -108,9 +118,17 @@ class Recipe:
     space: str | None = None
     rank: int | str | None = None
     combination: Combination | None = None
+    layer_scale: LayerScale | None = None
+    subspace_boost: float | None = None
+    save_path: str | None = None
     notes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "recipe"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the merged change is processed further, which takes the base."""
+        return self.layer_scale is not None or self.subspace_boost is not None
 
     def references(self) -> dict[str, str]:
         """Every model that is named, with the YAML path where it is named first."""
@@ -163,4 +181,6 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
         "space": recipe.space,
         "rank": recipe.rank,
         "combination": None if recipe.combination is None else asdict(recipe.combination),
+        "layer_scale": None if recipe.layer_scale is None else asdict(recipe.layer_scale),
+        "subspace_boost": recipe.subspace_boost,
     }

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from weldment.checkpoint import dtypes
 from weldment.errors import RecipeError
-from weldment.methods import METHODS
+from weldment.methods import METHODS, Parameter
+from weldment.methods.arguments import checked
 from weldment.recipe.recipe import OUTPUTS, RANKS, SEED, SPACES, is_seed
-from weldment.recipe.settings import known_parameters
+from weldment.recipe.settings import coerced, known_parameters
 from weldment.recipe.words import Place, shown, suggestion
 
 _NAME = re.compile(r"\w[\w.-]*")
 _TEXT_RANGE = re.compile(r"\D*(\d+)\D+(\d+)\D*", re.ASCII)
 
 
-class _RefusedError(ValueError):
+class RefusedError(ValueError):
     """A value that its validator refuses, with the parts of a message."""
 
     def __init__(self, cause: str, fix: str | None = None) -> None:
@@ -37,9 +38,9 @@ def _reference(value: object) -> object:
     if isinstance(value, Mapping):
         value = _written_out(value)
     if not isinstance(value, str):
-        raise _RefusedError(f"{shown(value)} is not a model: a path, org/name, org/name@revision or base+adapter")
+        raise RefusedError(f"{shown(value)} is not a model: a path, org/name, org/name@revision or base+adapter")
     if not value.strip():
-        raise _RefusedError("a model is an empty text")
+        raise RefusedError("a model is an empty text")
     return value.strip().rstrip("/") or "/"
 
 
@@ -47,15 +48,15 @@ def _written_out(value: Mapping[str, Any]) -> str:
     allowed = {"model", "lora"} if "model" in value else {"path", "revision"}
     wrong = [key for key in value if key not in allowed]
     if wrong:
-        raise _RefusedError(f"`{wrong[0]}` has no meaning in a model", suggestion(wrong[0], sorted(allowed)))
+        raise RefusedError(f"`{wrong[0]}` has no meaning in a model", suggestion(wrong[0], sorted(allowed)))
     if "model" in value:
         parts = [value["model"], *([value["lora"]] if value.get("lora") is not None else [])]
         return "+".join(str(_reference(part)) for part in parts)
     if not isinstance(value.get("path"), str):
-        raise _RefusedError(f"{shown(dict(value))} is not a model: `path` is missing")
+        raise RefusedError(f"{shown(dict(value))} is not a model: `path` is missing")
     revision = value.get("revision")
     if not (revision is None or isinstance(revision, str)):
-        raise _RefusedError(f"the revision {shown(revision)} is not text", "Put it in quotes")
+        raise RefusedError(f"the revision {shown(revision)} is not text", "Put it in quotes")
     return f"{value['path']}@{revision}" if revision else value["path"]
 
 
@@ -66,12 +67,12 @@ def _whole_number(value: object) -> bool:
 def _layer_range(value: object) -> object:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_whole_number, value)):
         cause = f"{shown(value)} is not two whole numbers [start, end], the end not included"
-        raise _RefusedError(cause, _range_advice(value))
+        raise RefusedError(cause, _range_advice(value))
     start, end = value
     if start < 0:
-        raise _RefusedError(f"{shown(value)} begins before layer 0")
+        raise RefusedError(f"{shown(value)} begins before layer 0")
     if start >= end:
-        raise _RefusedError(f"{shown(value)} is empty: in [start, end] the end must be greater")
+        raise RefusedError(f"{shown(value)} is empty: in [start, end] the end must be greater")
     return start, end
 
 
@@ -83,9 +84,9 @@ def _range_advice(value: object) -> str | None:
 
 def _method(value: object) -> object:
     if not isinstance(value, str):
-        raise _RefusedError(f"{shown(value)} is not the name of a method")
+        raise RefusedError(f"{shown(value)} is not the name of a method")
     if value not in METHODS:
-        raise _RefusedError(f"there is no method {shown(value)}", suggestion(value, METHODS))
+        raise RefusedError(f"there is no method {shown(value)}", suggestion(value, METHODS))
     return value
 
 
@@ -95,58 +96,70 @@ def _dtype(value: object) -> object:
         return None
     if not isinstance(value, str) or value not in dtypes.RECIPE:
         advice = suggestion(str(value), [*dtypes.RECIPE, "auto"])
-        raise _RefusedError(f"{shown(value)} is not a dtype that a merged model can have", advice)
+        raise RefusedError(f"{shown(value)} is not a dtype that a merged model can have", advice)
     return dtypes.RECIPE[value]
 
 
 def _accumulate(value: object) -> object:
     name = dtypes.FLOATS.get(dtypes.RECIPE.get(value, "")) if isinstance(value, str) else None
     if name not in ("float32", "float64"):
-        raise _RefusedError(f"{shown(value)} is not a dtype to calculate in: float32 or float64")
+        raise RefusedError(f"{shown(value)} is not a dtype to calculate in: float32 or float64")
     return name
 
 
 def _seed(value: object) -> object:
     if not is_seed(value):
-        raise _RefusedError(f"{shown(value)} is not a seed: {SEED}")
+        raise RefusedError(f"{shown(value)} is not a seed: {SEED}")
     return value
 
 
 def _output(value: object) -> object:
     if value not in OUTPUTS:
-        raise _RefusedError(f"{shown(value)} is not what a merge of adapters can give", "Write adapter or model")
+        raise RefusedError(f"{shown(value)} is not what a merge of adapters can give", "Write adapter or model")
     return value
 
 
 def _space(value: object) -> object:
     if value not in SPACES:
         cause = f"{shown(value)} is not a space that adapters can be merged in"
-        raise _RefusedError(cause, suggestion(str(value), SPACES))
+        raise RefusedError(cause, suggestion(str(value), SPACES))
     return value
 
 
 def _rank(value: object) -> object:
     if value in RANKS or (_whole_number(value) and isinstance(value, int) and value >= 1):
         return value
-    raise _RefusedError(f"{shown(value)} is not a rank", "Write a whole number of at least 1, auto or full")
+    raise RefusedError(f"{shown(value)} is not a rank", "Write a whole number of at least 1, auto or full")
+
+
+def _number(parameter: Parameter) -> BeforeValidator:
+    """A number, checked as parameters of methods are."""
+
+    def check(value: object) -> object:
+        try:
+            return checked(parameter, coerced(parameter, value))
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+
+    return BeforeValidator(check)
 
 
 def _merge_name(value: object) -> object:
     if value is not None and not (isinstance(value, str) and _NAME.fullmatch(value)):
-        raise _RefusedError(f"{shown(value)} is not a name: letters, digits, `_`, `-` and `.`")
+        raise RefusedError(f"{shown(value)} is not a name: letters, digits, `_`, `-` and `.`")
     return value
 
 
 def _text(value: object) -> object:
     if value is not None and not (isinstance(value, str) and value.strip()):
-        raise _RefusedError(f"{shown(value)} is not text", "Put it in quotes if it is meant as text")
+        raise RefusedError(f"{shown(value)} is not text", "Put it in quotes if it is meant as text")
     return value
 
 
 def _patterns(value: object) -> object:
     listed = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) and item for item in listed):
-        raise _RefusedError(f"{shown(value)} is not a list of patterns for tensor names, like ['*.lm_head.*']")
+        raise RefusedError(f"{shown(value)} is not a list of patterns for tensor names, like ['*.lm_head.*']")
     return listed
 
 
@@ -158,7 +171,7 @@ def _entry(value: object) -> object:
     """A model alone stands for an entry without parameters."""
     is_model = isinstance(value, str) or (isinstance(value, Mapping) and ("path" in value or "lora" in value))
     if not is_model and not isinstance(value, Mapping):
-        raise _RefusedError(f"{shown(value)} is neither a model nor a mapping with the key `model`")
+        raise RefusedError(f"{shown(value)} is neither a model nor a mapping with the key `model`")
     return {"model": value} if is_model else value
 
 
@@ -171,6 +184,7 @@ Settings = Annotated[dict[str, Any], BeforeValidator(_or_empty)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Text = Annotated[str | None, BeforeValidator(_text)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+_BOOST = Parameter("subspace_boost", "", minimum=0.0, maximum=1.0, open_maximum=True)
 
 
 class _Section(BaseModel):
@@ -223,6 +237,13 @@ class TokenizerSection(_Section):
     pad_to_multiple_of: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
+class LayerScaleSection(_Section):
+    """`layer_scale`: factors of the first layer and of the last."""
+
+    first: Annotated[float, _number(Parameter("from", "", minimum=0.0))] = Field(alias="from")
+    last: Annotated[float, _number(Parameter("to", "", minimum=0.0))] = Field(alias="to")
+
+
 class RecipeSection(_Section):
     """A whole document."""
 
@@ -246,13 +267,18 @@ class RecipeSection(_Section):
     heads: Patterns = ()
     take: Annotated[dict[str, Reference], BeforeValidator(_or_empty)] = Field(default_factory=dict)
     drop: Patterns = ()
+    layer_scale: LayerScaleSection | None = None
+    subspace_boost: Annotated[float | None, _number(_BOOST)] = None
 
+
+Whole = TypeVar("Whole", bound=RecipeSection)
 
 _SECTIONS: dict[tuple[str, ...], type[_Section]] = {
     (): RecipeSection,
     ("models",): ModelSection,
     ("slices",): SliceSection,
     ("slices", "sources"): SourceSection,
+    ("layer_scale",): LayerScaleSection,
     ("tokenizer",): TokenizerSection,
     ("tokenizer", "tokens"): TokenSection,
     ("tokenizer", "tokens", "source"): TokenSourceSection,
@@ -272,9 +298,16 @@ _EXPECTED = {
 
 def check_shape(document: Mapping[str, Any], place: Place) -> tuple[RecipeSection | None, list[RecipeError]]:
     """The document in its sections, or everything that is wrong with its shape."""
+    return check_section(document, place, RecipeSection)
+
+
+def check_section(
+    document: Mapping[str, Any], place: Place, kind: type[Whole]
+) -> tuple[Whole | None, list[RecipeError]]:
+    """The same for documents with more keys."""
     try:
         # Unset optional keys (`dtype:` with nothing after it) are as good as absent.
-        section = RecipeSection.model_validate({key: value for key, value in document.items() if value is not None})
+        section = kind.model_validate({key: value for key, value in document.items() if value is not None})
     except ValidationError as error:
         # A list whose items are all wrong is also reported as too short.
         found = [details for details in error.errors() if details["type"] != "too_short" or not details["input"]]
@@ -292,7 +325,7 @@ def _problem(details: ErrorDetails, place: Place) -> RecipeError:
         return place.at(*steps[:-1]).problem(f"the key `{steps[-1]}` is missing")
     if kind == "too_short":
         return place.at(*steps).problem("the list is empty")
-    if kind == "value_error" and isinstance(refusal := details.get("ctx", {}).get("error"), _RefusedError):
+    if kind == "value_error" and isinstance(refusal := details.get("ctx", {}).get("error"), RefusedError):
         return place.at(*steps).problem(refusal.cause, refusal.fix)
     if kind in _EXPECTED:
         return place.at(*steps).problem(f"{shown(value)} is not {_EXPECTED[kind]}")
@@ -300,6 +333,8 @@ def _problem(details: ErrorDetails, place: Place) -> RecipeError:
 
 
 def _key_advice(key: str, fields: Sequence[str]) -> str:
+    if key in ("merging_config", "save_path"):
+        return "It is a key of DRM's configuration files, which have no `merge_method`"
     if "parameters" in fields and key in known_parameters():
         return f"It is a parameter: write it as `parameters: {{{key}: ...}}`"
     return suggestion(key, fields)
@@ -310,7 +345,7 @@ def _fields(steps: tuple[int | str, ...]) -> list[str]:
     keys = tuple(step for step in steps if isinstance(step, str))
     if keys[:2] == ("tokenizer", "tokens"):
         keys = (*keys[:2], *keys[3:])
-    return sorted(_SECTIONS[keys].model_fields)
+    return sorted(field.alias or name for name, field in _SECTIONS[keys].model_fields.items())
 
 
 def _contradictions(section: RecipeSection, place: Place) -> list[RecipeError]:

@@ -125,7 +125,9 @@ class _Reader:
     findings: Findings
 
     def setting(self, value: object, place: Place) -> Any:
-        """A scalar, a gradient or a conditional list."""
+        """A scalar, a gradient or a conditional list; what goes by patterns has one value for the merge."""
+        if self.parameter.by_pattern:
+            return self._scalar(value, place)
         if isinstance(value, Mapping):
             return [self._condition(value, place)]
         if isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):

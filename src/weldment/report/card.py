@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import yaml
 from weldment.checkpoint.model import Checkpoint
 from weldment.methods import METHODS
 from weldment.planning.plan import Plan
+from weldment.recipe.recipe import Recipe
 from weldment.report.manifest import recipes
 from weldment.version import __version__
+
+LINES = "LiNeS ([Wang et al., ICLR 2025](https://arxiv.org/abs/2410.17146))"
+SUBSPACE_BOOST = "subspace boosting ([Skorobogat et al., 2025](https://arxiv.org/abs/2506.16506))"
 
 
 def model_card(plan: Plan) -> str:
@@ -27,12 +31,22 @@ def model_card(plan: Plan) -> str:
     ]
     if method.paper:
         sections.append(f"Method: {method.paper}" + (f" ([paper]({method.url}))." if method.url else "."))
+    if plan.recipe.is_finished:
+        sections.append(f"Post-processing: {'; then '.join(_finish(plan.recipe))}.")
     if plan.recipe.base_model:
         sections.append(f"Base: {_link(plan, plan.recipe.base_model)}")
     sections.append("Models:\n\n" + "\n".join(f"- {_link(plan, expert)}" for expert in experts))
     sections.append(f"## Recipe\n\n```yaml\n{_recipe_text(plan)}\n```")
     sections.append(f"Plan `{plan.hash[:16]}`. `weldment.json` beside this file accounts for every tensor.")
     return "\n\n".join(sections) + "\n"
+
+
+def _finish(recipe: Recipe) -> Iterator[str]:
+    """What was done to the merged change, in its order."""
+    if recipe.subspace_boost is not None:
+        yield f"{SUBSPACE_BOOST} with {recipe.subspace_boost:g}"
+    if (scale := recipe.layer_scale) is not None:
+        yield f"{LINES}, from {scale.first:g} in the first layer to {scale.last:g} in the last"
 
 
 def _front_matter(plan: Plan) -> str:
@@ -52,9 +66,11 @@ def _recipe_text(plan: Plan) -> str:
 
 
 def _public_names(plan: Plan) -> dict[str, str]:
-    """The models that the recipe names by absolute paths, which are nobody's business, and their last parts."""
-    references = [reference for each in (plan, *plan.stages) for reference in each.models]
-    return {text: Path(text).name for text in references if Path(text).expanduser().is_absolute()}
+    """The folders that the recipe names by absolute paths, which are nobody's business, and their last parts."""
+    plans = (plan, *plan.stages)
+    named = [reference for each in plans for reference in each.models]
+    named += [each.recipe.save_path.strip().rstrip("/") for each in plans if each.recipe.save_path is not None]
+    return {text: Path(text).name for text in named if Path(text).expanduser().is_absolute()}
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:

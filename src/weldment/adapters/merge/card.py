@@ -61,7 +61,7 @@ def _link(reference: str, repo: str | None) -> str:
 def _recipe_text(plan: AdapterPlan) -> str:
     """The recipe; of paths on this machine, which are nobody's business, only the last parts."""
     text = yaml.safe_dump(dict(plan.recipe.source), sort_keys=False, allow_unicode=True).strip()
-    named = [*plan.adapters, *([plan.recipe.base_model] if plan.recipe.base_model else [])]
+    named = [*plan.adapters, *(path for path in (plan.recipe.base_model, plan.recipe.save_path) if path)]
     for reference in sorted(named, key=len, reverse=True):
         if Path(reference).expanduser().is_absolute():
             text = text.replace(reference, Path(reference).name)

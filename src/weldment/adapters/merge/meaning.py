@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from weldment.adapters.merge.inputs import AdapterInputs
 from weldment.adapters.merge.plan import AdapterPlan, Module
 from weldment.methods import METHODS
 from weldment.planning.misfits import some
+from weldment.planning.roles import holds_tokens
 
 _INTO_BASE = "Merge into the base with `output: model`"
 
@@ -76,12 +78,19 @@ def _check_scope(inputs: AdapterInputs, modules: Sequence[Module]) -> None:
         module.name
         for module in modules
         if module.coefficients is None
-        and any(statistic.scope == "model" for statistic in inputs.method.statistics_for(module.parameters))
+        and any(statistic.scope == "model" for statistic in inputs.method.statistics_for(_arranged(inputs, module)))
     ]
     if wide:
         cause = f"{inputs.method.name} with these parameters takes statistics over the whole model, and adapters are"
-        fix = f"Use `trim: tensor` and `sign_ties: positive`. Or: {_INTO_BASE[0].lower()}{_INTO_BASE[1:]}"
+        local = "`trim: tensor` and `sign_ties: positive`"
+        local = "`non_linear_module_entries_drop_rate: 0`" if inputs.method.name == "drm" else local
+        fix = f"Use {local}. Or: {_INTO_BASE[0].lower()}{_INTO_BASE[1:]}"
         inputs.problem(f"{cause} merged module by module", fix, "parameters")
+
+
+def _arranged(inputs: AdapterInputs, module: Module) -> dict[str, Any]:
+    """The kernel's arguments; a matrix of any shape shows which statistics they need."""
+    return inputs.method.arranged(module.parameters, module.tensor, (1, 1), is_embedding=holds_tokens(module.tensor))
 
 
 def _modules(names: Sequence[str]) -> str:
@@ -129,7 +138,8 @@ def _rank_notes(plan: AdapterPlan) -> list[str]:
 def _row_note(plan: AdapterPlan) -> str:
     method = METHODS[plan.recipe.method]
     dense = [module for module in plan.modules if module.coefficients is None and module.space == "delta"]
-    turned = [m.name for m in dense if m.pattern.transposed and method.unit_for(m.parameters) == "row"]
+    by_row = method.arrange is None
+    turned = [m.name for m in dense if by_row and m.pattern.transposed and method.unit_for(m.parameters) == "row"]
     if not turned or plan.recipe.combination is not None:
         return ""
     return f"{_modules(turned)}: rows are those of the stored weight, which is transposed"

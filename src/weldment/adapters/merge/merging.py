@@ -23,7 +23,7 @@ from weldment.adapters.merge.settings import pattern_of, with_ranks
 from weldment.adapters.merge.spaces import Kernel
 from weldment.adapters.writing import AdapterWriter
 from weldment.checkpoint.dtypes import torch_dtype
-from weldment.engine.progress import Progress
+from weldment.engine.progress import Amount, Progress
 from weldment.errors import NonFiniteError
 from weldment.planning.build import head_file
 from weldment.planning.misfits import some
@@ -90,18 +90,18 @@ def merge_adapters(
         OutputError: `out` cannot be written.
         NonFiniteError: an input or the result has NaN or infinity.
     """
-    progress.begin(plan.read_bytes, 0)
+    progress.begin(Amount.of(plan.read_bytes), Amount.of(0))
     outcome = Outcome()
     with AdapterWriter(out, overwrite=overwrite) as writer:
         with _one_thread_each():
             for module, merged in _merged_layers(plan, threads):
                 _add(module, merged, outcome, writer)
-                progress.advance(module.name, module.read_bytes)
+                progress.advance(module.name, Amount.of(module.read_bytes))
             for saved in plan.saved:
                 tensor = _saved_tensor(plan, saved, threads)
                 writer.add(f"{PREFIX}{saved.stored_name}", tensor)
                 outcome.wrong += [] if torch.isfinite(tensor).all() else [saved.name]
-                progress.advance(saved.name, saved.read_bytes)
+                progress.advance(saved.name, Amount.of(saved.read_bytes))
         _judge(outcome, progress, allow_nonfinite=allow_nonfinite)
         progress.message(outcome.summary(measured=plan.recipe.combination is None))
         for name, entries in plan.heads.items():

@@ -1,0 +1,182 @@
+"""Which tensors spectral methods decompose, and how a tensor is seen as matrices.
+
+Tensors of two dimensions or more are decomposed, but for token embeddings and output heads, which are
+averaged like vectors: their rows belong to tokens, and one of their sides is very long. Patterns of the
+recipe replace this choice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weldment.methods.average import weighted_sum
+from weldment.methods.block import Block, Unit, required
+from weldment.methods.consensus import onto_base
+from weldment.methods.method import Cost, Method, Parameter
+from weldment.methods.spectral.bases import RANK, scale_
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Form = tuple[int, int, int]
+"""Matrices that a tensor holds, their rows and their columns."""
+
+LINEAR = Parameter(
+    "linear_parameter_regex_pattern",
+    "regular expressions, matched from the start of names, of the tensors to decompose;"
+    " by default all of two dimensions or more but token embeddings and output heads",
+    kind="patterns",
+)
+NOT_LINEAR = Parameter(
+    "linear_parameter_ignore_regex_pattern",
+    "regular expressions of tensors not to decompose",
+    kind="patterns",
+)
+IGNORED = Parameter(
+    "ignore_module_regex_pattern",
+    "regular expressions of tensors that keep the base's values",
+    kind="patterns",
+)
+SPLIT = Parameter(
+    "split",
+    "regular expressions of fused tensors and into how many equal parts their rows are split before they are"
+    " decomposed, such as {'.*in_proj.*': 3}",
+    kind="counts",
+)
+SELECTION = (LINEAR, NOT_LINEAR, IGNORED, SPLIT)
+
+FUSED_EXPERTS = re.compile(r"(^|\.)experts\.")
+"""Tensors of three dimensions that hold a matrix for each expert of a mixture."""
+
+
+def arranged(
+    parameters: Mapping[str, Any], name: str, shape: tuple[int, ...], *, is_embedding: bool = False
+) -> dict[str, Any]:
+    """The kernel's arguments for one tensor: patterns become `form` and `ignored`.
+
+    `form` is (matrices, rows, columns), or None for a tensor that is not decomposed.
+
+    Raises:
+        ValueError: the rows of a tensor cannot be split as asked.
+    """
+    rest = {key: value for key, value in parameters.items() if key not in {p.argument for p in SELECTION}}
+    linear, not_linear = parameters[LINEAR.argument], parameters[NOT_LINEAR.argument]
+    chosen = not is_embedding if linear is None else matched(linear, name)
+    chosen = chosen and len(shape) > 1 and math.prod(shape) > 0 and not matched(not_linear, name)
+    splits = (n for pattern, n in (parameters[SPLIT.argument] or {}).items() if re.match(pattern, name))
+    form = form_of(name, shape, next(splits, 1)) if chosen else None
+    return {**rest, "form": form, "ignored": matched(parameters[IGNORED.argument], name)}
+
+
+def form_of(name: str, shape: tuple[int, ...], parts: int = 1) -> tuple[int, int, int]:
+    """How many matrices a tensor holds, and their rows and columns: (out, rest), or a matrix for each fused expert.
+
+    Raises:
+        ValueError: the rows cannot be split into so many parts.
+    """
+    count, rows, *rest = shape if len(shape) == 3 and FUSED_EXPERTS.search(name) else (1, *shape)
+    if rows % parts:
+        raise ValueError(f"`split`: {rows} rows cannot be split into {parts} equal parts")
+    return count * parts, rows // parts, math.prod(rest)
+
+
+def matched(patterns: Sequence[str] | None, name: str) -> bool:
+    """Whether one of the regular expressions matches the start of a name."""
+    return any(re.match(pattern, name) for pattern in patterns or ())
+
+
+def unit(*, form: Form | None, ignored: bool, **_: object) -> Unit:
+    """A tensor that is not decomposed is cut as small as the engine likes."""
+    return "element" if form is None or ignored else "matrix"
+
+
+def averaged(merge: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel from the mathematics of matrices; other tensors become theta_0 + lambda * mean_i w_i tau_i.
+
+    Args:
+        merge: of the experts' changes w_i tau_i, (m, n) each, their elements about one or less, and the
+            parameters; the merged change.
+    """
+
+    def kernel(
+        block: Block, *, weight: Sequence[float], lambda_: float, form: Form | None, ignored: bool, **parameters: Any
+    ) -> Tensor:
+        if ignored:
+            return block.scratch().copy_(required(block.base))
+        if form is None:
+            taus = block.task_vectors()
+            return onto_base(block, weighted_sum(taus, weight), lambda_ / len(taus))
+        taus = [tau.mul_(w) if w != 1.0 else tau for tau, w in zip(block.task_vectors(), weight, strict=True)]
+        return by_matrix(block, taus, lambda matrices, _: merge(matrices, **parameters), form, lambda_)
+
+    kernel.__doc__ = merge.__doc__
+    return kernel
+
+
+def by_matrix(
+    block: Block, taus: Sequence[Tensor], merge: Callable[[list[Tensor], float], Tensor], form: Form, lambda_: float
+) -> Tensor:
+    """theta_0 + lambda * power * merge(taus / power, power), matrix by matrix; overwrites the taus.
+
+    A matrix that is not finite in all models has no singular vectors: its merge is NaN.
+    """
+    merged = block.scratch()
+    stacks = [tau.reshape(form) for tau in taus]
+    for number, out in enumerate(merged.view(form)):
+        matrices = [stack[number] for stack in stacks]
+        power = scale_(matrices)
+        if all(math.isfinite(float(matrix.sum())) for matrix in matrices):
+            out.copy_(merge(matrices, power)).mul_(power)
+        else:
+            out.fill_(math.nan)
+    return onto_base(block, merged, lambda_)
+
+
+def clear_rounding(parts: Sequence[Tensor], matrices: Sequence[Tensor], largest: float) -> list[Tensor]:
+    """Zero, in place, what only rounding put into the parts U_i S of a stack of matrices.
+
+    What an expert has no part in must not count as an entry of it, least of all in a mean over those that have one:
+    rows that are zero in its matrix, and directions in which it is a rounding error of the `largest` singular value.
+
+    Returns:
+        the lengths of the parts' columns.
+    """
+    lengths: list[Tensor] = []
+    for part, matrix in zip(parts, matrices, strict=True):
+        rows = matrix.any(dim=1)
+        if not bool(rows.all()):
+            part.mul_(rows[:, None])
+        length = part.norm(dim=0)
+        directions = length > RANK * largest
+        if not bool(directions.all()):
+            part.mul_(directions)
+        lengths.append(length.mul_(directions))
+    return lengths
+
+
+def spectral(
+    name: str,
+    summary: str,
+    merge: Callable[..., Tensor],
+    parameters: tuple[Parameter, ...],
+    paper: str,
+    url: str,
+    cost: Cost,
+) -> Method:
+    """A row whose kernel is `averaged(merge)`."""
+    return Method(
+        name=name,
+        family="spectral",
+        summary=summary,
+        kernel=averaged(merge),
+        parameters=parameters,
+        unit=unit,
+        arrange=arranged,
+        float64=True,
+        cost=cost,
+        paper=paper,
+        url=url,
+    )
