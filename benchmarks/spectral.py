@@ -166,9 +166,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {options.runs}\n"
-    )
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}, medians of {options.runs}\n")
     print("| shape | method | s | full SVD s | ratio | difference |\n|---|---|---|---|---|---|")
     ratios: dict[str, list[float]] = {}
     for text in options.shapes.split(","):

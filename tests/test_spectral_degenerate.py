@@ -237,3 +237,14 @@ def test_what_is_not_finite_ends_as_nan(name: str, parameters: dict[str, Any]) -
         )
         assert found["experts.up"][0].isnan().all()
         assert torch.equal(found["experts.up"][1], clean[0]["experts.up"][1])
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("size", [1e-2, 1e-3])
+def test_rounding_of_the_models_is_no_direction(name: str, size: float) -> None:
+    """Low-rank changes that are stored as float32 models: what rounding added to them has full rank."""
+    base = 0.02 * random_changes((96, 120), 1, seed=1)[0]
+    taus = [0.02 * size * tau for tau in low_rank_changes((96, 120), 4)]
+    merged = merge_tensors(name, [base + tau for tau in taus], base, dtype=torch.float64) - base.double()
+    assert distance(merged, change(name, taus)) <= 1e-3
+    assert rank_of(merged) <= 12

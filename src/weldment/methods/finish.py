@@ -10,9 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from weldment.methods.spectral.bases import RANK, scale_, triples
+from weldment.methods.spectral.bases import RANK, rounding_of, scale_, triples
 from weldment.methods.spectral.matrices import Form
 
 if TYPE_CHECKING:
@@ -55,18 +53,11 @@ def finished(merged: Tensor, base: Tensor, finish: Finish) -> Tensor:
     if finish.boost is None or finish.form is None:
         return merged if finish.scale == 1.0 else merged.sub_(base).mul_(finish.scale).add_(base)
     matrices = merged.view(finish.form)
-    floors = [_rounding(matrix) for matrix in matrices]
+    floors = [rounding_of(matrix) for matrix in matrices]
     merged.sub_(base)
     for change, floor in zip(matrices, floors, strict=True):
         boost_(change, finish.boost, floor)
     return (merged if finish.scale == 1.0 else merged.mul_(finish.scale)).add_(base)
-
-
-def _rounding(matrix: Tensor) -> float:
-    """About the largest singular value, and not less, of the errors that the last rounding left in a matrix."""
-    rows, columns = matrix.shape
-    spread = rows**-0.5 + columns**-0.5
-    return torch.finfo(matrix.dtype).eps * spread * float(torch.linalg.vector_norm(matrix))
 
 
 def boost_(change: Tensor, share: float, floor: float = 0.0) -> Tensor:

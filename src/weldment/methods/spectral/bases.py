@@ -34,10 +34,6 @@ _GRADE = 1.0 / 16.0
 
 _LEVELS = 4
 
-_DEPENDENT = 1e-5
-"""Eigenvalues of a Gram matrix of unit vectors below this share of the largest mean that the vectors are dependent;
-in float64, the square of it."""
-
 _GRAM_BLOCK = 512
 
 Rows = Sequence[Sequence["Tensor"]]
@@ -46,17 +42,18 @@ Rows = Sequence[Sequence["Tensor"]]
 
 @dataclass(frozen=True)
 class Basis:
-    """Right singular vectors of a matrix, by descending singular values.
+    """Right singular vectors of a matrix, by descending singular values (equal ones up to rounding in any order).
 
     Attributes:
         vectors: (n, k), orthonormal columns.
-        images: the matrix times the vectors, (m_i, k) for each of its rows of pieces; the whole columns
-            have the singular values as lengths.
-        values: (k,), the singular values.
+        images: the matrix times the vectors, (m_i, k) for each of its rows of pieces.
+        lengths: of the columns of each image, (k,).
+        values: (k,), the singular values: the lengths of the whole columns.
     """
 
     vectors: Tensor
     images: list[Tensor]
+    lengths: list[Tensor]
     values: Tensor
 
 
@@ -66,11 +63,13 @@ class Joint:
 
     Attributes:
         parts: U_i S, (m, k) each.
+        lengths: of the columns of each part, (k,).
         values: S, (k,).
         rows: V', (k, n).
     """
 
     parts: list[Tensor]
+    lengths: list[Tensor]
     values: Tensor
     rows: Tensor
 
@@ -85,69 +84,97 @@ def joint(matrices: Sequence[Tensor], floor: float = RANK) -> Joint:
     count, rows, columns = len(matrices), *matrices[0].shape
     if columns <= count * rows:
         basis = right_basis([[matrix] for matrix in matrices], floor)
-        return Joint(basis.images, basis.values, basis.vectors.T)
+        return Joint(basis.images, basis.lengths, basis.values, basis.vectors.T)
     turned = right_basis([[matrix.T for matrix in matrices]], floor)
-    parts = turned.vectors.mul_(turned.values).split(rows)
-    return Joint(list(parts), turned.values, turned.images[0].div_(turned.values).T)
+    parts = list(turned.vectors.mul_(turned.values).split(rows))
+    return Joint(parts, column_lengths(parts), turned.values, turned.images[0].div_(turned.values).T)
 
 
-def triples(matrix: Tensor, floor: float = RANK) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, k), S (k,) and V (n, k) of a matrix whose elements are about one, without what is rounding."""
+def triples(matrix: Tensor, floor: float = RANK, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,) and V (n, k) of a matrix whose elements are about one, without what is rounding.
+
+    Args:
+        count: the largest number of triples that is wanted; all by default.
+    """
     if matrix.shape[0] < matrix.shape[1]:
-        v, s, u = triples(matrix.T, floor)
+        v, s, u = triples(matrix.T, floor, count)
         return u, s, v
-    found = right_basis([[matrix]], floor)
+    found = right_basis([[matrix]], floor, count)
     return found.images[0].div_(found.values), found.values, found.vectors
 
 
-def right_basis(rows: Rows, floor: float = RANK) -> Basis:
-    """The right singular vectors of a matrix in pieces, for singular values above `floor` times the largest.
+def right_basis(rows: Rows, floor: float = RANK, count: int | None = None) -> Basis:
+    """Right singular vectors of a matrix in pieces, for singular values above `floor` times the largest.
 
     Args:
         rows: pieces, their elements about one; views are fine.
+        count: the largest number of vectors that is wanted; all by default.
     """
     dtype = rows[0][0].dtype
     if sum(piece.shape[1] for piece in rows[0]) <= SMALL:
         rows = [[piece.double() for piece in row] for row in rows]
-    vectors = _vectors(rows, floor)
-    images = times(rows, vectors)
-    values = torch.stack([torch.linalg.vector_norm(image, dim=0) for image in images]).norm(dim=0)
-    order = values.argsort(descending=True, stable=True)
+    vectors, images = _graded(rows, floor, count)
+    lengths = column_lengths(images)
+    values = torch.stack(lengths).square_().sum(dim=0).sqrt_()
     kept = int((values > floor * values.max()).sum()) if len(values) else 0
-    if kept < len(values) or not torch.equal(order, torch.arange(kept, device=order.device)):
-        order = order[:kept]
-        vectors, images, values = vectors[:, order], [image[:, order] for image in images], values[order]
-    return Basis(vectors.to(dtype), [image.to(dtype) for image in images], values.to(dtype))
+    if kept < len(values):
+        vectors, images = vectors[:, :kept], [image[:, :kept] for image in images]
+        lengths, values = [length[:kept] for length in lengths], values[:kept]
+    return Basis(
+        vectors.to(dtype),
+        [image.to(dtype) for image in images],
+        [length.to(dtype) for length in lengths],
+        values.to(dtype),
+    )
 
 
-def _vectors(rows: Rows, floor: float) -> Tensor:
-    """Eigenvectors of the Gram matrix, graded: see the module's text."""
+def column_lengths(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The lengths of the columns of each matrix."""
+    return [matrix.square().sum(dim=0).sqrt_() for matrix in matrices]
+
+
+def _graded(rows: Rows, floor: float, count: int | None) -> tuple[Tensor, list[Tensor]]:
+    """Eigenvectors of the Gram matrix, and their images, graded: see the module's text."""
     squares, vectors = descending(gram(rows))
+    exact = vectors.dtype == torch.float64
+    wanted = len(squares) if count is None else min(count, len(squares))
     limit = (0.5 * floor) ** 2 * float(squares[0])
     done: list[Tensor] = []
-    for _ in range(_LEVELS if vectors.dtype == torch.float32 else 0):
+    seen: list[list[Tensor]] = []
+    images: list[Tensor] = []
+    for _ in range(0 if exact else _LEVELS):
         grade = _GRADE**2 * float(squares[0])
         top = int((squares > grade).sum())
-        if top == len(squares) or grade <= limit:
+        if top >= min(wanted, len(squares)) or grade <= limit:
             break
-        above, below = vectors[:, :top], vectors[:, top:].contiguous()
+        above, below = vectors[:, :top].contiguous(), vectors[:, top:].contiguous()
+        tops = [image[:, :top] for image in images] or times(rows, above)
+        rest = [image[:, top:].contiguous() for image in images] or times(rows, below)
+        del images, vectors
+        _free_(below, rest, above, tops, squares[:top])
         done.append(above)
-        images = _without(rows, above, squares[:top], below)
-        squares, turn = descending(gram([[image] for image in images]))
-        vectors = below @ turn
-    kept = vectors[:, : int((squares > limit).sum())]
-    return torch.cat([*done, kept], dim=1) if done else kept
+        seen.append(tops)
+        wanted -= top
+        squares, turn = descending(gram([[image] for image in rest]))
+        vectors, images = below @ turn, [image @ turn for image in rest]
+    kept = min(wanted, int((squares > limit).sum()))
+    vectors = vectors[:, :kept]
+    images = [image[:, :kept] for image in images] or times(rows, vectors)
+    if not done:
+        return vectors, images
+    seen.append(images)
+    return torch.cat([*done, vectors], dim=1), [torch.cat(parts, dim=1) for parts in zip(*seen, strict=True)]
 
 
-def _without(rows: Rows, above: Tensor, squares: Tensor, below: Tensor) -> list[Tensor]:
-    """The images of the vectors `below`, which are freed, in place, of what rounding left in them of those `above`."""
-    images, tops = times(rows, below), times(rows, above)
+def _free_(below: Tensor, images: Sequence[Tensor], above: Tensor, tops: Sequence[Tensor], squares: Tensor) -> None:
+    """Free vectors and their images, in place, of what rounding left in them of the vectors `above`."""
     shared = torch.zeros(above.shape[1], below.shape[1], dtype=below.dtype, device=below.device)
     for top, image in zip(tops, images, strict=True):
         shared.addmm_(top.T, image)
     shared.div_(squares[:, None])
     below.addmm_(above, shared, alpha=-1.0)
-    return [image.addmm_(top, shared, alpha=-1.0) for top, image in zip(tops, images, strict=True)]
+    for top, image in zip(tops, images, strict=True):
+        image.addmm_(top, shared, alpha=-1.0)
 
 
 def times(rows: Rows, vectors: Tensor) -> list[Tensor]:
@@ -188,25 +215,18 @@ def descending(lower: Tensor) -> tuple[Tensor, Tensor]:
     return squares.flip(0), vectors.flip(1)
 
 
-def inverse_root(vectors: Tensor) -> Tensor:
-    """(X'X)^(-1/2) on the range of X'X, (k, k): X times it is the polar factor of X.
-
-    Args:
-        vectors: X, (m, k), columns of length one.
-    """
-    wide = vectors.double() if vectors.shape[1] <= SMALL else vectors
-    squares, turn = descending(gram([[wide]]))
-    least = _DEPENDENT**2 if squares.dtype == torch.float64 else _DEPENDENT
-    keep = squares > least * squares[0]
-    turn = turn[:, keep]
-    return ((turn / squares[keep].sqrt()) @ turn.T).to(vectors.dtype)
+def rounding_of(matrix: Tensor) -> float:
+    """About the largest singular value, and not less, of the errors that one rounding leaves in a matrix (m, n)."""
+    rows, columns = matrix.shape
+    spread = rows**-0.5 + columns**-0.5
+    return torch.finfo(matrix.dtype).eps * spread * float(torch.linalg.vector_norm(matrix))
 
 
 def scale_(matrices: Sequence[Tensor]) -> float:
     """Divide matrices by a power of two, in place, so that their largest element is about one and squares are numbers.
 
     Returns:
-        the power; 1 if all are zero or some are not finite.
+        the power; 1 if all are zero or the largest is infinite.
     """
     largest = max((float(matrix.abs().max()) for matrix in matrices), default=0.0)
     if largest == 0.0 or not math.isfinite(largest):

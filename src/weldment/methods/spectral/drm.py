@@ -13,7 +13,7 @@ from weldment.methods.consensus import onto_base
 from weldment.methods.method import Method, Parameter
 from weldment.methods.spectral.bases import joint
 from weldment.methods.spectral.costs import SpectralCost, stacked_side
-from weldment.methods.spectral.matrices import SELECTION, Form, arranged, by_matrix, clear_rounding, unit
+from weldment.methods.spectral.matrices import SELECTION, Form, Scale, arranged, by_matrix, clear_rounding, unit
 from weldment.methods.task_vectors import LAMBDA
 from weldment.methods.trimming import keep_above, kth_smallest
 
@@ -99,7 +99,7 @@ def merge_vertical(
         return torch.zeros_like(taus[0])
     found = joint(taus, CUT)
     parts = found.parts
-    lengths = clear_rounding(parts, taus, float(found.values[0]))
+    lengths = clear_rounding(found, taus)
     trim_normalised(parts, lengths, drop)
     majority = float(sign_sum(parts).sign()) if signs else None
     return resolved(parts, coefficient, majority, disjoint=disjoint) @ found.rows
@@ -170,8 +170,8 @@ def drm(
         majority = block.statistics["majority"] if enable_sign_resolution else None
         return onto_base(block, resolved(taus, coefficient, majority, disjoint=enable_disjoint_mean), lambda_)
 
-    def merge(taus: list[Tensor], power: float) -> Tensor:
-        turned = is_horizontal(taus, power, direction, auto_criterion)
+    def merge(taus: list[Tensor], scale: Scale) -> Tensor:
+        turned = is_horizontal(taus, scale.power, direction, auto_criterion)
         merged = merge_vertical(
             [tau.T for tau in taus] if turned else taus,
             coefficient,

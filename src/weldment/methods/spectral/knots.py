@@ -11,7 +11,7 @@ from weldment.methods.average import sum_into
 from weldment.methods.method import Method, Parameter
 from weldment.methods.spectral.bases import joint
 from weldment.methods.spectral.costs import SpectralCost, beside_side
-from weldment.methods.spectral.matrices import SELECTION, clear_rounding, spectral
+from weldment.methods.spectral.matrices import SELECTION, Scale, clear_rounding, spectral
 from weldment.methods.task_vectors import LAMBDA, WEIGHT
 from weldment.methods.trimming import keep_above, kept_count, kth_smallest
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def knots_ties(taus: list[Tensor], *, density: Sequence[float], cutoff: float) -> Tensor:
+def knots_ties(taus: list[Tensor], scale: Scale, *, density: Sequence[float], cutoff: float) -> Tensor:
     """theta_0 + lambda * U S ties(V_1', ..., V_T'), where [w_1 tau_1, ..., w_T tau_T] = U S [V_1', ..., V_T'].
 
     Singular values of at most `cutoff` times the largest are left out. ties: of every V_i' the
@@ -33,7 +33,7 @@ def knots_ties(taus: list[Tensor], *, density: Sequence[float], cutoff: float) -
         return torch.zeros_like(taus[0])
     turned = [tau.T for tau in taus]
     found = joint(turned, cutoff)
-    clear_rounding(found.parts, turned, float(found.values[0]))
+    clear_rounding(found, turned)
     parts = [part.div_(found.values) for part in found.parts]
     for part, share in zip(parts, density, strict=True):
         _keep_largest(part, share)

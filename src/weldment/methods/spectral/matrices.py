@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weldment.methods.average import weighted_sum
 from weldment.methods.block import Block, Unit, required
 from weldment.methods.consensus import onto_base
 from weldment.methods.method import Cost, Method, Parameter
-from weldment.methods.spectral.bases import RANK, scale_
+from weldment.methods.spectral.bases import RANK, Joint, rounding_of, scale_
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,11 +95,24 @@ def unit(*, form: Form | None, ignored: bool, **_: object) -> Unit:
     return "element" if form is None or ignored else "matrix"
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What the elements of changes mean.
+
+    Attributes:
+        power: what they are to be multiplied by.
+        rounding: singular values of their sum up to this come of the rounding of the models' elements.
+    """
+
+    power: float
+    rounding: float
+
+
 def averaged(merge: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A kernel from the mathematics of matrices; other tensors become theta_0 + lambda * mean_i w_i tau_i.
 
     Args:
-        merge: of the experts' changes w_i tau_i, (m, n) each, their elements about one or less, and the
+        merge: of the experts' changes w_i tau_i, (m, n) each, their elements about one or less, their scale, and the
             parameters; the merged change.
     """
 
@@ -110,50 +125,51 @@ def averaged(merge: Callable[..., Tensor]) -> Callable[..., Tensor]:
             taus = block.task_vectors()
             return onto_base(block, weighted_sum(taus, weight), lambda_ / len(taus))
         taus = [tau.mul_(w) if w != 1.0 else tau for tau, w in zip(block.task_vectors(), weight, strict=True)]
-        return by_matrix(block, taus, lambda matrices, _: merge(matrices, **parameters), form, lambda_)
+        return by_matrix(block, taus, partial(merge, **parameters), form, lambda_)
 
     kernel.__doc__ = merge.__doc__
     return kernel
 
 
 def by_matrix(
-    block: Block, taus: Sequence[Tensor], merge: Callable[[list[Tensor], float], Tensor], form: Form, lambda_: float
+    block: Block, taus: Sequence[Tensor], merge: Callable[[list[Tensor], Scale], Tensor], form: Form, lambda_: float
 ) -> Tensor:
-    """theta_0 + lambda * power * merge(taus / power, power), matrix by matrix; overwrites the taus.
+    """theta_0 + lambda * power * merge(taus / power, scale), matrix by matrix; overwrites the taus.
 
     A matrix that is not finite in all models has no singular vectors: its merge is NaN.
     """
     merged = block.scratch()
     stacks = [tau.reshape(form) for tau in taus]
+    origins = required(block.base).reshape(form)
     for number, out in enumerate(merged.view(form)):
         matrices = [stack[number] for stack in stacks]
         power = scale_(matrices)
+        scale = Scale(power, len(matrices) ** 0.5 * rounding_of(origins[number]) / power)
         if all(math.isfinite(float(matrix.sum())) for matrix in matrices):
-            out.copy_(merge(matrices, power)).mul_(power)
+            out.copy_(merge(matrices, scale)).mul_(power)
         else:
             out.fill_(math.nan)
     return onto_base(block, merged, lambda_)
 
 
-def clear_rounding(parts: Sequence[Tensor], matrices: Sequence[Tensor], largest: float) -> list[Tensor]:
+def clear_rounding(found: Joint, matrices: Sequence[Tensor]) -> list[Tensor]:
     """Zero, in place, what only rounding put into the parts U_i S of a stack of matrices.
 
     What an expert has no part in must not count as an entry of it, least of all in a mean over those that have one:
-    rows that are zero in its matrix, and directions in which it is a rounding error of the `largest` singular value.
+    rows that are zero in its matrix, and directions in which it is a rounding error of the largest singular value.
 
     Returns:
         the lengths of the parts' columns.
     """
     lengths: list[Tensor] = []
-    for part, matrix in zip(parts, matrices, strict=True):
+    for part, length, matrix in zip(found.parts, found.lengths, matrices, strict=True):
         rows = matrix.any(dim=1)
+        directions = length > RANK * found.values[0]
         if not bool(rows.all()):
             part.mul_(rows[:, None])
-        length = part.norm(dim=0)
-        directions = length > RANK * largest
         if not bool(directions.all()):
             part.mul_(directions)
-        lengths.append(length.mul_(directions))
+        lengths.append(length * directions)
     return lengths
 
 

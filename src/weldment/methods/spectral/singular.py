@@ -10,27 +10,28 @@ from weldment.methods.average import sum_into
 from weldment.methods.method import Method, Parameter
 from weldment.methods.spectral.bases import RANK, SMALL, right_basis, triples
 from weldment.methods.spectral.costs import SpectralCost, own_side
-from weldment.methods.spectral.matrices import SELECTION, spectral
+from weldment.methods.spectral.matrices import SELECTION, Scale, spectral
 from weldment.methods.task_vectors import LAMBDA, WEIGHT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def tsv_m(taus: list[Tensor]) -> Tensor:
+def tsv_m(taus: list[Tensor], scale: Scale) -> Tensor:
     """theta_0 + lambda * polar(U) S polar(V)' of the foremost singular triples of all experts.
 
     U, S and V hold the first max(1, floor(min(m, n) / T)) singular triples of every w_i tau_i, side by side.
-    polar(X) = X (X'X)^(-1/2), the orthonormal matrix nearest to X, on the range of X: experts that
-    are equal count once. Triples of zero are left out. Other tensors: theta_0 + lambda * mean_i w_i tau_i.
+    polar(X) = X (X'X)^(-1/2), the orthonormal matrix nearest to X, on the range of X: experts that are equal
+    count once. Triples that come of the rounding of the models are left out. Other tensors:
+    theta_0 + lambda * mean_i w_i tau_i.
 
     Source: Gargiulo et al. 2025, Task Singular Vectors (TSV-Merge).
     """
     each = max(1, min(taus[0].shape) // len(taus))
-    found = [[part[..., :each] for part in triples(exactly(tau))] for tau in taus if bool(tau.any())]
-    if not found:
-        return torch.zeros_like(taus[0])
+    found = [_foremost(exactly(tau), each, scale.rounding) for tau in taus]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    if not s.numel():
+        return torch.zeros_like(taus[0])
     (p, q), (x, y) = polar(u), polar(v)
     return p @ ((q.T * s) @ y) @ x.T
 
@@ -53,25 +54,21 @@ def polar(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return found.images[0].div_(found.values), found.vectors
 
 
-def iso_c(taus: list[Tensor]) -> Tensor:
+def iso_c(taus: list[Tensor], scale: Scale) -> Tensor:
     """theta_0 + lambda * s U V', where U S V' = sum_i w_i tau_i and s is the mean of the singular values.
 
-    Values that are rounding errors count neither in the mean nor in U V'. Other tensors:
-    theta_0 + lambda * mean_i w_i tau_i.
+    Values that come of the rounding of the models count neither in the mean nor in U V', so the merge of low-rank
+    changes stays one. Other tensors: theta_0 + lambda * mean_i w_i tau_i.
 
     Source: Marczak et al. 2025, No Task Left Behind (Iso-C).
     """
-    return isotropic(sum_into(torch.empty_like(taus[0]), taus))
+    return isotropic(sum_into(torch.empty_like(taus[0]), taus), scale.rounding)
 
 
-def isotropic(total: Tensor) -> Tensor:
-    """The matrix with all of its singular values, as far as they are not zero, replaced by their mean."""
-    if not bool(total.any()):
-        return torch.zeros_like(total)
-    if total.shape[0] < total.shape[1]:
-        return isotropic(total.T).T
-    basis = right_basis([[total]])
-    return total @ ((basis.vectors * (basis.values.mean() / basis.values)) @ basis.vectors.T)
+def isotropic(total: Tensor, least: float = 0.0) -> Tensor:
+    """The matrix with all of its singular values above `least` replaced by their mean, without the others."""
+    u, s, v = _foremost(total, min(total.shape), least)
+    return (u * s.mean()) @ v.T if s.numel() else torch.zeros_like(total)
 
 
 def subspace_sizes(rank: int, models: int, common: float) -> tuple[int, int]:
@@ -80,22 +77,20 @@ def subspace_sizes(rank: int, models: int, common: float) -> tuple[int, int]:
     return rank - models * own, own
 
 
-def iso_cts(taus: list[Tensor], *, common_space_fraction: float) -> Tensor:
+def iso_cts(taus: list[Tensor], scale: Scale, *, common_space_fraction: float) -> Tensor:
     """theta_0 + lambda * s polar(U) polar(V)', of the foremost triples that experts have in common and alone.
 
     Common: the first k_c singular triples of sum_i w_i tau_i. Alone: the first k_t of what of w_i tau_i lies
     outside the common left subspace, (I - U_c U_c') w_i tau_i. k_t = round((r - floor(common_space_fraction * r)) / T),
     at most floor(r / T), r = min(m, n), and k_c = r - T k_t. s is the mean of all their singular values. Triples that
-    are rounding errors are left out. Other tensors: theta_0 + lambda * mean_i w_i tau_i.
+    come of rounding are left out. Other tensors: theta_0 + lambda * mean_i w_i tau_i.
 
     Source: Marczak et al. 2025, No Task Left Behind (Iso-CTS).
     """
     common, own = subspace_sizes(min(taus[0].shape), len(taus), common_space_fraction)
     taus = [exactly(tau) for tau in taus]
     total = sum_into(torch.empty_like(taus[0]), taus)
-    least = _rounding(taus)
-    if least == 0.0:
-        return total
+    least = max(scale.rounding, _rounding(taus))
     found = [_foremost(total, common, least)]
     shared = found[0][0]
     for tau in taus if own else ():
@@ -117,8 +112,8 @@ def _foremost(matrix: Tensor, count: int, least: float) -> tuple[Tensor, Tensor,
     """The first singular triples, those with values above `least`."""
     if not bool(matrix.any()):
         return matrix[:, :0], matrix.new_empty(0), matrix.T[:, :0]
-    u, s, v = triples(matrix)
-    count = min(count, int((s > least).sum()))
+    u, s, v = triples(matrix, count=count)
+    count = int((s > least).sum())
     return u[:, :count], s[:count], v[:, :count]
 
 

@@ -12,14 +12,14 @@ from weldment.methods.average import sum_into
 from weldment.methods.method import Method, Parameter
 from weldment.methods.spectral.bases import joint
 from weldment.methods.spectral.costs import SpectralCost, stacked_side
-from weldment.methods.spectral.matrices import SELECTION, spectral
+from weldment.methods.spectral.matrices import SELECTION, Scale, spectral
 from weldment.methods.task_vectors import LAMBDA, WEIGHT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def swudi(taus: list[Tensor], *, t: float, keep: float) -> Tensor:
+def swudi(taus: list[Tensor], scale: Scale, *, t: float, keep: float) -> Tensor:
     """theta_0 + lambda * ((sum_i tau_i)(I - V f V') + D V (f / l) V'), tau_i meaning w_i tau_i.
 
     C = sum_i tau_i'tau_i / |tau_i|^2 = V l V', D = sum_i tau_i tau_i'tau_i / |tau_i|^2, and f = 1 - exp(-t l) on the
@@ -32,7 +32,7 @@ def swudi(taus: list[Tensor], *, t: float, keep: float) -> Tensor:
     return _descended(taus, lambda squares: _first(-torch.expm1(-t * squares), _ceil(keep * taus[0].shape[1])))
 
 
-def aswudi(taus: list[Tensor]) -> Tensor:
+def aswudi(taus: list[Tensor], scale: Scale) -> Tensor:
     """`swudi` with f = 1 on the first K eigenvalues, K = (sum_j sqrt(l_j))^2 / sum_j l_j, and 0 on the others.
 
     K, rounded up, is the effective number of directions: no time and no share have to be chosen.
