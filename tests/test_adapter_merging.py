@@ -154,8 +154,12 @@ IDENTITIES: dict[str, dict[str, Any]] = {
     "consensus_ta": {"lambda_t": 0.0, "k": 1},
     "ram": {"epsilon": 0.0},
     "ramplus_tl": {"epsilon": 0.0},
+    "drm": {"singular_matrices_drop_rate": 0.0},
 }
-ALONE = sorted(name for name, row in METHODS.items() if row.models[0] == 1 and name != "pcb")
+ALONE = sorted(
+    set(METHODS) - {name for name, row in METHODS.items() if row.models[0] > 1} - {"pcb", "iso_c", "iso_cts"}
+)
+"""Without those that change what a single expert has: its small values, or its singular values."""
 FACTORWISE = sorted(set(ALONE) - {"consensus_ta", "ramplus_tl"})
 """Without those that select or scale elements of A and of B apart."""
 SPACES_OF = [(m, s) for s in ("delta", "core") for m in ALONE] + [(method, "factors") for method in FACTORWISE]
