@@ -1,8 +1,8 @@
 """Time spectral merges of single matrices against the full-SVD route of the papers' code.
 
-    python benchmarks/spectral.py [--shapes 2048x2048,1024x1024] [--methods drm,tsv_m] [--runs 3] [--experts 3]
+    python benchmarks/spectral.py [--shapes 2048x2048,1024x1024] [--methods drm,tsv_m] [--runs 3] [--experts 3] [--threads 2]
 
-Both routes run in turn in one process on the same random matrices, in float32, with as many threads as
+Both routes run in turn in one process on the same random matrices, in float32, by default with as many threads as
 there are processors; every figure is a median. The full route is written after the formulas as the papers'
 code does them: `torch.linalg.svd(full_matrices=False)` of each matrix or stack, and the products and masks that
 follow. `drm` is timed in both directions. The last column is the relative difference of both results.
@@ -164,8 +164,9 @@ def main() -> None:
     parser.add_argument("--methods", default="drm,tsv_m,iso_c,iso_cts,knots_ties")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(options.threads)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{machine}, medians of {options.runs}\n")
     print("| shape | method | s | full SVD s | ratio | difference |\n|---|---|---|---|---|---|")
