@@ -1,6 +1,6 @@
 """Time spectral merges of single matrices against the full-SVD route of the papers' code.
 
-    python benchmarks/spectral.py [--shapes 2048x2048,1024x1024] [--methods drm,tsv_m] [--runs 3] [--experts 3] [--threads 2]
+    python benchmarks/spectral.py [--shapes 2048x2048,1024x1024] [--methods drm,tsv_m] [--runs 3] [--threads 2]
 
 Both routes run in turn in one process on the same random matrices, in float32, by default with as many threads as
 there are processors; every figure is a median. The full route is written after the formulas as the papers'

@@ -41,15 +41,17 @@ def trim_normalised(parts: Sequence[Tensor], lengths: Sequence[Tensor], drop: fl
     rank = dropped_rank(count, drop)
     if rank is None:
         return
+    rank += sum(part.numel() for part in parts) - count  # columns of zeros have the smallest shares
+    lengths = [torch.where(length > 0.0, length, 1.0) for length in lengths]
     share = torch.empty_like(parts[0])
 
-    def shares(number: int) -> Tensor:
-        """Of a column of zeros they are NaN, which is neither below nor above anything."""
-        return torch.div(parts[number], lengths[number], out=share).abs_()
+    def shares(number: int, step: int) -> Tensor:
+        part = parts[number][::step]
+        return torch.div(part, lengths[number], out=share[: len(part)]).abs_()
 
-    threshold = kth_smallest(shares, len(parts), count, rank)
+    threshold = kth_smallest(shares, (len(parts), *parts[0].shape), rank)
     for number, part in enumerate(parts):
-        part.mul_(shares(number) >= threshold)
+        part.mul_(keep_above(shares(number, 1), threshold).sign_())
 
 
 def dropped_rank(count: int, drop: float) -> int | None:

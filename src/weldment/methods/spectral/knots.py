@@ -45,7 +45,7 @@ def _keep_largest(part: Tensor, density: float) -> None:
     """Zero, in place, all but a share of the elements, the largest."""
     dropped = part.numel() - kept_count(density, part.numel())
     if dropped > 0:
-        keep_above(part, kth_smallest(lambda _: part.abs(), 1, part.numel(), dropped))
+        keep_above(part, kth_smallest(lambda _, step: part[::step].abs(), (1, *part.shape), dropped))
 
 
 def _agreeing_mean(parts: list[Tensor]) -> Tensor:
