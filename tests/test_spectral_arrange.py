@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import weldment
+from lora_folders import adapters_recipe
+from models import recipe, save_decoder
+from paths import GOLDEN, needs_golden
 from spectral_inputs import SPECTRAL, change, distance, low_rank_changes, random_changes
 from spectral_reference import is_horizontal
 from weldment import UserError, merge_tensors
@@ -233,3 +239,48 @@ def test_a_narrow_dtype_rounds_the_changes_first(dtype: torch.dtype, shape: tupl
     found = change("drm", taus, svd_dtype=str(dtype).removeprefix("torch."), **parameters)
     assert torch.equal(found, change("drm", [tau.to(dtype).float() for tau in taus], **parameters))
     assert not torch.equal(found, change("drm", taus, **parameters))
+
+
+def test_the_plan_says_how_many_tensors_are_decomposed(tmp_path: Path) -> None:
+    models = [save_decoder(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
+    found = weldment.plan(
+        recipe("iso_c", *models[1:], base=models[0], parameters={"ignore_module_regex_pattern": [".*mlp.*"]})
+    )
+    jobs = [job for job in found.jobs if job.action == "merge"]
+    decomposed = sum(len(job.shape) == 2 and "self_attn" in job.name for job in jobs)
+    kept = sum("mlp" in job.name for job in jobs)
+    counts = f"{decomposed} decomposed, {len(jobs) - decomposed - kept} merged without that, {kept} kept as in the base"
+    assert f"iso_c: of {len(jobs)} tensors {counts}" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("parameters", "cause"),
+    [
+        ({"split": {".*norm.*": 3}}, "matches only tensors that are not decomposed"),
+        ({"split": {".*embed.*": 2}}, "matches only tensors that are not decomposed"),
+        ({"linear_parameter_regex_pattern": [".*norm.*"]}, "matches only tensors of one dimension"),
+        ({"linear_parameter_regex_pattern": ["mlp"]}, "matches no tensor"),
+        ({"ignore_module_regex_pattern": [".*vision.*"]}, "matches no tensor"),
+    ],
+    ids=str,
+)
+def test_patterns_without_effect_are_refused(tmp_path: Path, parameters: dict[str, Any], cause: str) -> None:
+    models = [save_decoder(tmp_path / f"model-{seed}", seed=seed) for seed in range(3)]
+    with pytest.raises(weldment.PlanError, match=cause):
+        weldment.plan(recipe("tsv_m", *models[1:], base=models[0], parameters=parameters))
+
+
+@needs_golden
+def test_patterns_in_merges_of_adapters(tmp_path: Path) -> None:
+    """They speak of the tensors that adapters change; a split goes by the rows of the weight."""
+    adapters = [GOLDEN / "adapters" / name for name in ("same_r4_0", "same_r4_1")]
+    with pytest.raises(weldment.UserError, match="matches no tensor"):
+        weldment.plan(adapters_recipe("tsv_m", *adapters, parameters={"linear_parameter_regex_pattern": ["nothing"]}))
+    wanted = adapters_recipe("tsv_m", *adapters, parameters={"split": {".*q_proj.*": 2}}, rank="full")
+    weldment.merge(wanted, tmp_path / "split")
+    weldment.merge({**wanted, "parameters": {}}, tmp_path / "whole")
+    split, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "whole"))
+    assert split.keys() == whole.keys()
+    changed = {name for name in split if not torch.equal(split[name], whole[name])}
+    assert changed
+    assert all("q_proj" in name for name in changed)

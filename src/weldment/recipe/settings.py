@@ -15,7 +15,7 @@ from typing import Any, Literal
 from weldment.errors import RecipeError
 from weldment.methods import METHODS, Method, Parameter
 from weldment.methods.arguments import checked
-from weldment.recipe.words import Place, shown, suggestion
+from weldment.recipe.words import Place, nearest, shown, suggestion
 
 Steps = tuple[str | int, ...]
 Level = Literal["model", "merge"]
@@ -161,7 +161,8 @@ class _Reader:
             return checked(self.parameter, coerced(self.parameter, value), factor)
         except ValueError as error:
             spelling = "" if factor is None else f"`{self.name}` is `{self.parameter.name}` / {factor:g}: "
-            return self._refuse(place, f"{spelling}{error}")
+            close = nearest(str(value), self.parameter.choices) if self.parameter.choices else None
+            return self._refuse(place, f"{spelling}{error}", f"Did you mean `{close}`?" if close else None)
 
     def _refuse(self, place: Place, cause: str, fix: str | None = None) -> dict[str, Any]:
         self.findings.problems.append(place.problem(cause, fix))

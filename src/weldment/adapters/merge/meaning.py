@@ -9,6 +9,7 @@ from weldment.adapters.merge.inputs import AdapterInputs
 from weldment.adapters.merge.plan import AdapterPlan, Module
 from weldment.methods import METHODS
 from weldment.planning.misfits import some
+from weldment.planning.patterns import pattern_findings
 from weldment.planning.roles import holds_tokens
 
 _INTO_BASE = "Merge into the base with `output: model`"
@@ -20,6 +21,7 @@ def check_meaning(inputs: AdapterInputs, modules: Sequence[Module]) -> None:
     _check_biases(inputs, modules)
     if inputs.recipe.combination is None:
         _check_space(inputs, modules)
+        _check_patterns(inputs, modules)
         _check_scope(inputs, modules)
 
 
@@ -88,9 +90,21 @@ def _check_scope(inputs: AdapterInputs, modules: Sequence[Module]) -> None:
         inputs.problem(f"{cause} merged module by module", fix, "parameters")
 
 
+def _check_patterns(inputs: AdapterInputs, modules: Sequence[Module]) -> None:
+    """Patterns of the recipe that match none of the changed tensors."""
+    if inputs.method.arrange is None:
+        return
+    shapes = {module.tensor: (1, 1) for module in modules}
+    decomposed = [module.tensor for module in modules if _arranged(inputs, module)["form"] is not None]
+    for problem in pattern_findings(inputs.recipe, inputs.method, shapes, decomposed).problems:
+        inputs.problem(problem.cause, problem.fix or "", "parameters")
+
+
 def _arranged(inputs: AdapterInputs, module: Module) -> dict[str, Any]:
     """The kernel's arguments; a matrix of any shape shows which statistics they need."""
-    return inputs.method.arranged(module.parameters, module.tensor, (1, 1), is_embedding=holds_tokens(module.tensor))
+    parameters = {name: value for name, value in module.parameters.items() if name != "split"} | {"split": None}
+    given = parameters if inputs.method.arrange is not None else module.parameters
+    return inputs.method.arranged(given, module.tensor, (1, 1), is_embedding=holds_tokens(module.tensor))
 
 
 def _modules(names: Sequence[str]) -> str:

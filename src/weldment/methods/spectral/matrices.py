@@ -29,7 +29,7 @@ Form = tuple[int, int, int]
 LINEAR = Parameter(
     "linear_parameter_regex_pattern",
     "regular expressions, matched from the start of names, of the tensors to decompose;"
-    " by default all of two dimensions or more but token embeddings and output heads",
+    " by default all of two dimensions or more but embeddings and output heads",
     kind="patterns",
 )
 NOT_LINEAR = Parameter(
