@@ -3,8 +3,8 @@
     python benchmarks/kill.py [--kills 50] [--shape llama-300m] [--method ties] [--threads 2]
 
 Each round starts the merge, kills it with all its workers at a random moment of the time that the
-whole merge takes, checks that OUT is absent or whole, runs it again to the end and compares every
-file of the output.
+whole merge takes (rounds that ended before do not count), checks that OUT is absent or whole, runs it
+again to the end and compares every file of the output.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ def main() -> None:
     started = time.perf_counter()
     subprocess.run(command, check=True)
     whole = time.perf_counter() - started
-    expected = digests(out)
-    draw = random.Random(options.seed)
+    expected, draw = digests(out), random.Random(options.seed)
     killed = resumed = complete = 0
-    for turn in range(options.kills):
+    while killed < options.kills:
         clear()
         merge = subprocess.Popen(command, start_new_session=True)
         time.sleep(draw.uniform(0.0, whole))
-        if merge.poll() is None:
-            os.killpg(merge.pid, signal.SIGKILL)
-            killed += 1
+        if merge.poll() is not None:  # this one was quicker than the first
+            continue
+        os.killpg(merge.pid, signal.SIGKILL)
+        killed += 1
         merge.wait()
         if out.exists():
             complete += 1
             if digests(out) != expected:
-                raise SystemExit(f"kill {turn}: OUT is not whole")
+                raise SystemExit(f"kill {killed}: OUT is not whole")
         elif (out.with_name(out.name + ".partial") / "journal").exists():
             resumed += 1
         again = subprocess.run(command if not out.exists() else [*command, "--overwrite"], check=False)
         if again.returncode or digests(out) != expected:
-            raise SystemExit(f"kill {turn}: the next run ended with other bytes")
+            raise SystemExit(f"kill {killed}: the next run ended with other bytes")
     clear()
     print(
         f"{options.method}, {options.shape}, {options.threads} workers, a merge of {whole:.1f} s: {killed} kills, "

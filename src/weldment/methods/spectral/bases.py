@@ -14,7 +14,7 @@ Which of both Gram matrices is taken, D'D or D D', depends on the shapes alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,29 +65,66 @@ class Joint:
         parts: U_i S, (m, k) each.
         lengths: of the columns of each part, (k,).
         values: S, (k,).
-        rows: V', (k, n).
     """
 
     parts: list[Tensor]
     lengths: list[Tensor]
     values: Tensor
-    rows: Tensor
+    _matrices: Sequence[Tensor]
+    _right: Tensor | None = None
+    _left: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """V', (k, n); where U is known, S^-1 U'D."""
+        if self._right is not None:
+            return self._right.T
+        return self._on_matrices((self._known_left() / self.values).T)
+
+    def times_rows(self, x: Tensor) -> Tensor:
+        """X V', (m, n), of X, (m, k); where U is known, (X S^-1 U') D, without V."""
+        if self._right is not None:
+            return x @ self._right.T
+        return self._on_matrices((x / self.values) @ self._known_left().T)
+
+    def _known_left(self) -> Tensor:
+        assert self._left is not None
+        return self._left
+
+    def _on_matrices(self, x: Tensor) -> Tensor:
+        """X D."""
+        shares = x.split([len(matrix) for matrix in self._matrices], dim=1)
+        total = shares[0] @ self._matrices[0]
+        for share, matrix in zip(shares[1:], self._matrices[1:], strict=True):
+            total.addmm_(share, matrix)
+        return total
 
 
 def joint(matrices: Sequence[Tensor], floor: float = RANK) -> Joint:
     """The singular vectors of matrices stacked one above the other, from the smaller of D'D and D D'.
 
     Args:
-        matrices: A_i, (m, n) each; their elements about one, not all zero.
+        matrices: A_i, (m, n) each; their elements about one, not all zero. They are used later, too.
         floor: singular values up to this share of the largest are left out.
     """
     count, rows, columns = len(matrices), *matrices[0].shape
     if columns <= count * rows:
         basis = right_basis([[matrix] for matrix in matrices], floor)
-        return Joint(basis.images, basis.lengths, basis.values, basis.vectors.T)
-    turned = right_basis([[matrix.T for matrix in matrices]], floor)
-    parts = list(turned.vectors.mul_(turned.values).split(rows))
-    return Joint(parts, column_lengths(parts), turned.values, turned.images[0].div_(turned.values).T)
+        return Joint(basis.images, basis.lengths, basis.values, matrices, _right=basis.vectors)
+    left, values = _left_basis(matrices, floor)
+    parts = list((left * values).split(rows))
+    return Joint(parts, column_lengths(parts), values, matrices, _left=left)
+
+
+def _left_basis(matrices: Sequence[Tensor], floor: float) -> tuple[Tensor, Tensor]:
+    """U (T m, k) and S (k,) of the stack; what its rows would take to calculate is saved."""
+    dtype = matrices[0].dtype
+    if sum(map(len, matrices)) <= SMALL:
+        matrices = [matrix.double() for matrix in matrices]
+    vectors, _, squares = _graded([[matrix.T for matrix in matrices]], floor, None, images=False)
+    values = squares.clamp_(min=0.0).sqrt_()
+    kept = int((values > floor * values[0]).sum())
+    return vectors[:, :kept].to(dtype), values[:kept].to(dtype)
 
 
 def triples(matrix: Tensor, floor: float = RANK, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +140,26 @@ def triples(matrix: Tensor, floor: float = RANK, count: int | None = None) -> tu
     return found.images[0].div_(found.values), found.values, found.vectors
 
 
+def with_values(matrix: Tensor, change: Callable[[Tensor], Tensor], least: float = 0.0) -> Tensor:
+    """U f(S) V' of a matrix U S V', (m, n), without the singular values that are rounding or at most `least`.
+
+    Args:
+        change: f, of the values that are left, of which there may be none.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return with_values(matrix.T, change, least).T
+    wide = matrix.double() if matrix.shape[1] <= SMALL else matrix
+    vectors, images, squares = _graded([[wide]], RANK, None, images=False)
+    values = column_lengths(images)[0] if images else squares.clamp(min=0.0).sqrt()
+    kept = int((values > max(RANK * float(values[0]), least)).sum())
+    vectors, values = vectors[:, :kept], values[:kept]
+    factors = change(values) / values
+    if images:
+        return ((images[0][:, :kept] * factors) @ vectors.T).to(matrix.dtype)
+    # Without small singular values, or in float64, this is as exact and a product of large matrices less.
+    return (wide @ ((vectors * factors) @ vectors.T)).to(matrix.dtype)
+
+
 def right_basis(rows: Rows, floor: float = RANK, count: int | None = None) -> Basis:
     """Right singular vectors of a matrix in pieces, for singular values above `floor` times the largest.
 
@@ -113,7 +170,7 @@ def right_basis(rows: Rows, floor: float = RANK, count: int | None = None) -> Ba
     dtype = rows[0][0].dtype
     if sum(piece.shape[1] for piece in rows[0]) <= SMALL:
         rows = [[piece.double() for piece in row] for row in rows]
-    vectors, images = _graded(rows, floor, count)
+    vectors, images, _ = _graded(rows, floor, count)
     lengths = column_lengths(images)
     values = torch.stack(lengths).square_().sum(dim=0).sqrt_()
     kept = int((values > floor * values.max()).sum()) if len(values) else 0
@@ -133,37 +190,39 @@ def column_lengths(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [matrix.square().sum(dim=0).sqrt_() for matrix in matrices]
 
 
-def _graded(rows: Rows, floor: float, count: int | None) -> tuple[Tensor, list[Tensor]]:
-    """Eigenvectors of the Gram matrix, and their images, graded: see the module's text."""
+def _graded(rows: Rows, floor: float, count: int | None, *, images: bool = True) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Eigenvectors of the Gram matrix, their images, and eigenvalues, graded: see the module's text.
+
+    Args:
+        images: false gives images only if they had to be calculated anyway, or else none.
+    """
     squares, vectors = descending(gram(rows))
-    exact = vectors.dtype == torch.float64
     wanted = len(squares) if count is None else min(count, len(squares))
     limit = (0.5 * floor) ** 2 * float(squares[0])
-    done: list[Tensor] = []
-    seen: list[list[Tensor]] = []
-    images: list[Tensor] = []
-    for _ in range(0 if exact else _LEVELS):
+    done: list[tuple[Tensor, list[Tensor], Tensor]] = []
+    seen: list[Tensor] = []
+    for _ in range(0 if vectors.dtype == torch.float64 else _LEVELS):
         grade = _GRADE**2 * float(squares[0])
         top = int((squares > grade).sum())
         if top >= min(wanted, len(squares)) or grade <= limit:
             break
         above, below = vectors[:, :top].contiguous(), vectors[:, top:].contiguous()
-        tops = [image[:, :top] for image in images] or times(rows, above)
-        rest = [image[:, top:].contiguous() for image in images] or times(rows, below)
-        del images, vectors
+        tops = [image[:, :top] for image in seen] or times(rows, above)
+        rest = [image[:, top:].contiguous() for image in seen] or times(rows, below)
+        del seen, vectors
         _free_(below, rest, above, tops, squares[:top])
-        done.append(above)
-        seen.append(tops)
+        done.append((above, tops, squares[:top]))
         wanted -= top
         squares, turn = descending(gram([[image] for image in rest]))
-        vectors, images = below @ turn, [image @ turn for image in rest]
+        vectors, seen = below @ turn, [image @ turn for image in rest]
     kept = min(wanted, int((squares > limit).sum()))
-    vectors = vectors[:, :kept]
-    images = [image[:, :kept] for image in images] or times(rows, vectors)
+    vectors, squares = vectors[:, :kept], squares[:kept]
+    last = [image[:, :kept] for image in seen] or (times(rows, vectors) if images else [])
     if not done:
-        return vectors, images
-    seen.append(images)
-    return torch.cat([*done, vectors], dim=1), [torch.cat(parts, dim=1) for parts in zip(*seen, strict=True)]
+        return vectors, last, squares
+    levels = [*done, (vectors, last, squares)]
+    joined = [torch.cat(parts, dim=1) for parts in zip(*(found for _, found, _ in levels), strict=True)]
+    return torch.cat([found for found, _, _ in levels], dim=1), joined, torch.cat([found for _, _, found in levels])
 
 
 def _free_(below: Tensor, images: Sequence[Tensor], above: Tensor, tops: Sequence[Tensor], squares: Tensor) -> None:
@@ -219,7 +278,7 @@ def rounding_of(matrix: Tensor) -> float:
     """About the largest singular value, and not less, of the errors that one rounding leaves in a matrix (m, n)."""
     rows, columns = matrix.shape
     spread = rows**-0.5 + columns**-0.5
-    return torch.finfo(matrix.dtype).eps * spread * float(torch.linalg.vector_norm(matrix))
+    return torch.finfo(matrix.dtype).eps * spread * float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def scale_(matrices: Sequence[Tensor]) -> float:

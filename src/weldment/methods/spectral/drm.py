@@ -104,7 +104,7 @@ def merge_vertical(
     lengths = clear_rounding(found, taus)
     trim_normalised(parts, lengths, drop)
     majority = float(sign_sum(parts).sign()) if signs else None
-    return resolved(parts, coefficient, majority, disjoint=disjoint) @ found.rows
+    return found.times_rows(resolved(parts, coefficient, majority, disjoint=disjoint))
 
 
 def _stack_rank(taus: Sequence[Tensor]) -> int:

@@ -38,7 +38,7 @@ def knots_ties(taus: list[Tensor], scale: Scale, *, density: Sequence[float], cu
     for part, share in zip(parts, density, strict=True):
         _keep_largest(part, share)
     merged = _agreeing_mean(parts)
-    return (found.rows.T * found.values) @ merged.T
+    return found.times_rows(merged.mul_(found.values)).T
 
 
 def _keep_largest(part: Tensor, density: float) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from weldment.methods.average import sum_into
 from weldment.methods.method import Method, Parameter
-from weldment.methods.spectral.bases import RANK, SMALL, right_basis, triples
+from weldment.methods.spectral.bases import RANK, SMALL, right_basis, triples, with_values
 from weldment.methods.spectral.costs import SpectralCost, own_side
 from weldment.methods.spectral.matrices import SELECTION, Scale, spectral
 from weldment.methods.task_vectors import LAMBDA, WEIGHT
@@ -67,8 +67,9 @@ def iso_c(taus: list[Tensor], scale: Scale) -> Tensor:
 
 def isotropic(total: Tensor, least: float = 0.0) -> Tensor:
     """The matrix with all of its singular values above `least` replaced by their mean, without the others."""
-    u, s, v = _foremost(total, min(total.shape), least)
-    return (u * s.mean()) @ v.T if s.numel() else torch.zeros_like(total)
+    if not bool(total.any()):
+        return total
+    return with_values(total, lambda values: values.mean(), least)
 
 
 def subspace_sizes(rank: int, models: int, common: float) -> tuple[int, int]:
