@@ -16,7 +16,7 @@ from weldment.methods.spectral.matrices import Form
 Side = Callable[[int, int, int, Mapping[str, Any]], int]
 """From experts, rows, columns and parameters to the side of the largest Gram matrix."""
 
-_EIGENVECTORS = 0.18
+_EIGENVECTORS = 0.15
 """Nanoseconds for each s^3 to find the eigenvectors of a Gram matrix, on one core."""
 
 _PRODUCT = 0.02
