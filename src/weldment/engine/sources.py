@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PIECE = 1 << 22
+PIECE = 1 << 20
 """Elements that are read at a time into large blocks, whose bytes need not all be there at once."""
 
 

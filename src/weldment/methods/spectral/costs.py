@@ -39,9 +39,9 @@ def beside_side(models: int, rows: int, columns: int, parameters: Mapping[str, A
     return min(rows, models * columns)
 
 
-def _held(side: int, models: int, size: int) -> int:
+def _held(side: int, models: int, size: int, results: int = 4) -> int:
     """Numbers that are held while stacked matrices of a size are decomposed through a Gram matrix of a side."""
-    held = max(4 * side * side, 5 * side * side // 2 + models * size) + 4 * size
+    held = max(4 * side * side, 5 * side * side // 2 + (models + results) * size)
     return held if side > SMALL else 2 * held + 2 * models * size
 
 
@@ -51,12 +51,16 @@ class SpectralCost:
 
     Attributes:
         side: of its largest Gram matrix.
-        decompositions: how many such matrices it decomposes for each model, and besides.
+        each, besides: how many such matrices it decomposes for each model, and besides.
+        stacked: whether it decomposes all models' matrices together.
+        results: matrices of the tensor's size that it makes of what it decomposed.
     """
 
     side: Side
     each: int = 0
     besides: int = 1
+    stacked: bool = True
+    results: int = 4
 
     def numbers(self, models: int, parameters: Mapping[str, Any]) -> int:
         """Numbers that the kernel holds at most besides the experts', the base's and the merged elements."""
@@ -65,7 +69,7 @@ class SpectralCost:
             return 0
         _, rows, columns = form
         s = self.side(models, rows, columns, parameters)
-        return _held(s, models, rows * columns)
+        return _held(s, models if self.stacked else 1, rows * columns, self.results)
 
     def nanoseconds(self, models: int, parameters: Mapping[str, Any]) -> float:
         """How long the matrices of a tensor take on one core, about."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from weldment.methods.average import weighted_sum
 from weldment.methods.block import Block, Unit, required
 from weldment.methods.consensus import onto_base
@@ -138,18 +140,18 @@ def by_matrix(
 
     A matrix that is not finite in all models has no singular vectors: its merge is NaN.
     """
-    merged = block.scratch()
     stacks = [tau.reshape(form) for tau in taus]
     origins = required(block.base).reshape(form)
-    for number, out in enumerate(merged.view(form)):
-        matrices = [stack[number] for stack in stacks]
-        power = scale_(matrices)
-        scale = Scale(power, len(matrices) ** 0.5 * rounding_of(origins[number]) / power)
-        if all(math.isfinite(float(matrix.sum())) for matrix in matrices):
-            out.copy_(merge(matrices, scale)).mul_(power)
-        else:
-            out.fill_(math.nan)
-    return onto_base(block, merged, lambda_)
+    found = [_scaled_merge([stack[number] for stack in stacks], origin, merge) for number, origin in enumerate(origins)]
+    merged = found[0] if len(found) == 1 else torch.stack(found)
+    return onto_base(block, merged.reshape(required(block.base).shape), lambda_)
+
+
+def _scaled_merge(matrices: list[Tensor], origin: Tensor, merge: Callable[[list[Tensor], Scale], Tensor]) -> Tensor:
+    power = scale_(matrices)
+    if not all(math.isfinite(float(matrix.sum())) for matrix in matrices):
+        return torch.full_like(origin, math.nan)
+    return merge(matrices, Scale(power, len(matrices) ** 0.5 * rounding_of(origin) / power)).mul_(power)
 
 
 def clear_rounding(found: Joint, matrices: Sequence[Tensor]) -> list[Tensor]:

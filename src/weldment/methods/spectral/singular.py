@@ -62,7 +62,7 @@ def iso_c(taus: list[Tensor], scale: Scale) -> Tensor:
 
     Source: Marczak et al. 2025, No Task Left Behind (Iso-C).
     """
-    return isotropic(sum_into(torch.empty_like(taus[0]), taus), scale.rounding)
+    return isotropic(sum_into(taus[0], taus), scale.rounding)
 
 
 def isotropic(total: Tensor, least: float = 0.0) -> Tensor:
@@ -129,7 +129,7 @@ SINGULAR: tuple[Method, ...] = (
         (WEIGHT, *SELECTION, LAMBDA),
         "Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025",
         "https://arxiv.org/abs/2412.00081",
-        SpectralCost(own_side, each=1, besides=2),
+        SpectralCost(own_side, each=1, besides=2, stacked=False),
     ),
     spectral(
         "iso_c",
@@ -138,7 +138,7 @@ SINGULAR: tuple[Method, ...] = (
         (WEIGHT, *SELECTION, LAMBDA),
         ISO_PAPER,
         ISO_URL,
-        SpectralCost(own_side),
+        SpectralCost(own_side, stacked=False, results=1),
     ),
     spectral(
         "iso_cts",
@@ -158,6 +158,6 @@ SINGULAR: tuple[Method, ...] = (
         ),
         ISO_PAPER,
         ISO_URL,
-        SpectralCost(own_side, each=1, besides=3),
+        SpectralCost(own_side, each=1, besides=3, stacked=False),
     ),
 )
