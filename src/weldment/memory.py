@@ -117,8 +117,9 @@ def merge_tensors(
 
 
 def _arranged(row: Method, arguments: Mapping[str, Any], name: str, out: Tensor) -> dict[str, Any]:
+    shape = tuple(out.shape)
     try:
-        return row.arranged(arguments, name, tuple(out.shape), is_embedding=out.dim() == 2 and holds_tokens(name))
+        return row.arranged(arguments, name, shape, is_embedding=holds_tokens(name, shape))
     except ValueError as error:
         raise UserError(str(error), where=name) from error
 

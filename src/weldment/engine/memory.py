@@ -43,9 +43,9 @@ def block_elements(job: TensorJob, block: int) -> int:
     numel = math.prod(job.shape)
     if job.action != "merge":
         return min(block, numel)
-    grid = Grid(job.shape, METHODS[job.method].unit_for(job.parameters), block)
-    if grid.unit == "matrix" or is_whole(job):
+    if is_whole(job):
         return numel
+    grid = Grid(job.shape, METHODS[job.method].unit_for(job.parameters), block)
     if grid.unit == "element":
         return min(block, numel)
     return min(max(block, grid.columns), numel)
@@ -120,9 +120,9 @@ class _Weights:
         """What jobs that need whole tensors may hold together: three stacks a worker, and room for the largest."""
         return max(self.whole, STACKS * threads * self.stacked - PROCESS_BYTES)
 
-    def working(self, threads: int, budget: int | None = None) -> int:
+    def working(self, threads: int) -> int:
         """The most that all workers hold."""
-        held = min(threads * self.whole, self.budget(threads) if budget is None else budget)
+        held = min(threads * self.whole, self.budget(threads))
         return max(threads * self.blocks, held + (threads - 1) * self.blocks if held else 0)
 
 
@@ -153,9 +153,10 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
     if max_memory is None:
         block = _block_sizes(chosen)[0]
         return _machine(plan, chosen, wanted, _Weights.of(plan, block).budget(wanted)), block
+    sizes = [(block, _Weights.of(plan, block)) for block in _block_sizes(chosen)]
     for count in range(wanted, 0, -1):
-        for block in _block_sizes(chosen):
-            weights, room = _Weights.of(plan, block), max_memory - _fixed_bytes(plan, count)
+        room = max_memory - _fixed_bytes(plan, count)
+        for block, weights in sizes:
             budget = room - (count - 1) * weights.blocks
             if weights.whole <= budget and count * weights.blocks <= room:
                 return _machine(plan, chosen, count, budget), block

@@ -36,6 +36,6 @@ def layer_factor(scale: LayerScale, name: str, stacks: Mapping[str, int]) -> flo
 
 def boosted_form(name: str, shape: tuple[int, ...]) -> Form | None:
     """The matrices of a tensor that are boosted: of two dimensions or more, neither token embeddings nor a head."""
-    if len(shape) < 2 or math.prod(shape) == 0 or (len(shape) == 2 and holds_tokens(name)):
+    if len(shape) < 2 or math.prod(shape) == 0 or holds_tokens(name, shape):
         return None
     return form_of(name, shape)

@@ -106,8 +106,8 @@ def _arguments(inputs: Inputs, request: Request, shape: tuple[int, ...]) -> dict
     """The kernel's arguments."""
     parameters = resolve(inputs.recipe, inputs.method, request)
     try:
-        rows_are_tokens = len(shape) == 2 and holds_tokens(request.name)  # patches are embedded by convolutions
-        return inputs.method.arranged(parameters, request.name, shape, is_embedding=rows_are_tokens)
+        is_embedding = holds_tokens(request.name, shape)
+        return inputs.method.arranged(parameters, request.name, shape, is_embedding=is_embedding)
     except ValueError as error:
         raise RecipeError(str(error), where=f"{inputs.recipe.origin}: {request.name}") from error
 

@@ -48,9 +48,9 @@ def is_head(name: str) -> bool:
     return _HEAD.search(name) is not None
 
 
-def holds_tokens(name: str) -> bool:
-    """Whether the rows of a tensor belong to tokens or positions: embeddings and heads."""
-    return is_head(name) or is_embedding(name)
+def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the rows of a tensor belong to tokens or positions; convolutions that embed patches have none such."""
+    return len(shape) == 2 and (is_head(name) or is_embedding(name))
 
 
 def input_embedding(tensors: Iterable[str]) -> str | None:

@@ -102,9 +102,9 @@ def _check_patterns(inputs: AdapterInputs, modules: Sequence[Module]) -> None:
 
 def _arranged(inputs: AdapterInputs, module: Module) -> dict[str, Any]:
     """The kernel's arguments; a matrix of any shape shows which statistics they need."""
-    parameters = {name: value for name, value in module.parameters.items() if name != "split"} | {"split": None}
-    given = parameters if inputs.method.arrange is not None else module.parameters
-    return inputs.method.arranged(given, module.tensor, (1, 1), is_embedding=holds_tokens(module.tensor))
+    given = {**module.parameters, "split": None} if inputs.method.arrange is not None else module.parameters
+    is_embedding = holds_tokens(module.tensor, (1, 1))
+    return inputs.method.arranged(given, module.tensor, (1, 1), is_embedding=is_embedding)
 
 
 def _modules(names: Sequence[str]) -> str:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weldment.methods.average import sum_into
 from weldment.methods.method import Method, Parameter
 from weldment.methods.spectral.bases import joint
 from weldment.methods.spectral.costs import SpectralCost, beside_side
+from weldment.methods.spectral.drm import resolved
 from weldment.methods.spectral.matrices import SELECTION, Scale, clear_rounding, spectral
 from weldment.methods.task_vectors import LAMBDA, WEIGHT
 from weldment.methods.trimming import keep_above, kept_count, kth_smallest
@@ -37,7 +37,7 @@ def knots_ties(taus: list[Tensor], scale: Scale, *, density: Sequence[float], cu
     parts = [part.div_(found.values) for part in found.parts]
     for part, share in zip(parts, density, strict=True):
         _keep_largest(part, share)
-    merged = _agreeing_mean(parts)
+    merged = resolved(parts, [1.0] * len(parts), 1.0, disjoint=True)
     return found.times_rows(merged.mul_(found.values)).T
 
 
@@ -46,15 +46,6 @@ def _keep_largest(part: Tensor, density: float) -> None:
     dropped = part.numel() - kept_count(density, part.numel())
     if dropped > 0:
         keep_above(part, kth_smallest(lambda _, step: part[::step].abs(), (1, *part.shape), dropped))
-
-
-def _agreeing_mean(parts: list[Tensor]) -> Tensor:
-    """The mean over the parts whose sign is that of their sum, or + where that is zero; overwrites the parts."""
-    signs = sum_into(torch.empty_like(parts[0]), parts).sign_().add_(0.5).sign_()
-    for part in parts:
-        part.mul_(signs).relu_().mul_(signs)
-    total = sum_into(torch.empty_like(signs), parts)
-    return total.div_(sum_into(signs, [part.sign_().abs_() for part in parts]).clamp_(min=1.0))
 
 
 KNOTS: tuple[Method, ...] = (
