@@ -6,6 +6,7 @@
     │   ├── CheckpointError  a model: files, headers, dtypes, configs
     │   │   └── HubError     a model on the Hugging Face Hub: missing, gated, offline
     │   ├── PlanError        models and recipe do not fit together
+    │   ├── TaskError        an evaluation: tasks, examples, heads, metrics
     │   └── OutputError      the output folder: not empty, not writable, in use, no space
     └── MergeError           the merge itself failed: exit code 1
         ├── NonFiniteError   the merge produced NaN or infinity
@@ -69,6 +70,10 @@ class HubError(CheckpointError):
 
 class PlanError(UserError):
     """The models and the recipe do not fit together."""
+
+
+class TaskError(UserError):
+    """A task is not valid, or a model cannot be evaluated on it."""
 
 
 class OutputError(UserError):

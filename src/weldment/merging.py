@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 from weldment.adapters.adapter import Adapter
 from weldment.adapters.merge.building import plan_adapters
@@ -26,6 +26,9 @@ from weldment.recipe import Recipe, load_recipes
 from weldment.recipe.drm_file import is_file
 from weldment.recipe.recipe import SEED, is_seed
 from weldment.writing import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Input = Checkpoint | Adapter
 RecipeSource = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -74,14 +77,14 @@ def plan(
         UserError: recipe or models are at fault; the message lists every problem found.
     """
     _check_numbers(seed=seed, shard_size=shard_size)
-    recipes, adapters = _recognised(load_recipes(recipe, overrides=overrides))
+    recipes, adapters = recognised(load_recipes(recipe, overrides=overrides))
     if adapters:
         return plan_adapters(recipes[-1], adapters, seed=seed)
     return plan_merges(recipes, open_models(recipes), shard_bytes=shard_size, seed=seed)
 
 
-def _recognised(recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Mapping[str, Adapter]]:
-    """The recipes, and the adapters if these are to be merged to an adapter."""
+def recognised(recipes: Sequence[Recipe]) -> tuple[Sequence[Recipe], Mapping[str, Adapter]]:
+    """The recipes, and the adapters by reference if these are to be merged to an adapter; else none."""
     adapters = adapters_of(recipes)
     if adapters and recipes[-1].output == "model":
         return [as_models(recipes[-1], adapters)], {}
@@ -154,7 +157,7 @@ def merge(
     _check_numbers(seed=seed, shard_size=shard_size, max_memory=max_memory)
     recipes = load_recipes(recipe, overrides=overrides)
     target = output_folder(out, recipes[-1])
-    recipes, adapters = _recognised(recipes)
+    recipes, adapters = recognised(recipes)
     if adapters:
         planned = plan_adapters(recipes[-1], adapters, seed=seed)
         check_target(target, recipe, adapters, overwrite=overwrite)
@@ -166,7 +169,7 @@ def merge(
     machine, block = fit(planned, device, threads, max_memory)
     progress = progress or Silent()
     if not planned.is_local:
-        models = {reference: _downloaded(model, progress) for reference, model in models.items()}
+        models = {reference: downloaded(model, progress) for reference, model in models.items()}
         planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
     for note in planned.notes:
         progress.message(f"note: {note}")
@@ -174,6 +177,51 @@ def merge(
     with Staging(target) as staging:
         checksums = run.into(staging, overwrite=overwrite, resume=resume)
     return MergeResult(target, planned, checksums)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged model in memory.
+
+    Attributes:
+        tensors: of the model, by name.
+        heads: of the experts, where the recipe keeps them: by the expert's name, then the tensor's.
+    """
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    heads: Mapping[str, Mapping[str, Tensor]]
+
+
+def merge_in_memory(
+    recipe: RecipeSource,
+    *,
+    overrides: Sequence[str] = (),
+    threads: int | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> MergedModel:
+    """Merge full models (or adapters with `output: model`) without writing anything; arguments as for `merge`.
+
+    Raises:
+        UserError: recipe or models are at fault, or the recipe merges adapters to an adapter.
+        MergeError: the merge failed while it ran.
+    """
+    from weldment.engine.in_memory import execute_in_memory
+
+    _check_numbers(seed=seed, shard_size=SHARD_BYTES)
+    recipes, adapters = recognised(load_recipes(recipe, overrides=overrides))
+    if adapters:
+        fix = "Add `output: model`, or name the adapters with their base: base+adapter"
+        raise UserError("the recipe merges adapters to an adapter, not to a model", where=recipes[-1].origin, fix=fix)
+    models = {name: downloaded(model, progress or Silent()) for name, model in open_models(recipes).items()}
+    planned = plan_merges(recipes, models, seed=seed)
+    machine, block = fit(planned, "cpu", threads, None)
+    tensors: dict[str, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {name: {} for name in planned.heads}
+    for (file, name), tensor in execute_in_memory(planned, machine, block).items():
+        (heads[PurePath(file).stem] if file else tensors)[name] = tensor
+    return MergedModel(planned, tensors, heads)
 
 
 def _merge_adapters(
@@ -202,7 +250,8 @@ def _check_numbers(*, seed: int | None, shard_size: int, max_memory: int | None 
             raise UserError(f"{name} is {size!r}", fix="Give bytes as a number, such as 2_000_000_000")
 
 
-def _downloaded(model: Checkpoint, progress: Progress) -> Checkpoint:
+def downloaded(model: Checkpoint, progress: Progress) -> Checkpoint:
+    """The model with all its weights on this machine."""
     if model.is_local:
         return model
     # Only models on the Hub need its library, which takes longer to import than to plan a merge.

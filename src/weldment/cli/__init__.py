@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from weldment.cli import eval as evaluate
 from weldment.cli import extract, merge, methods, plan, verify
 from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.cli.startup import postpone
@@ -29,6 +30,7 @@ for _name, _command in {
     "methods": methods.command,
     "verify": verify.command,
     "extract": extract.command,
+    "eval": evaluate.command,
 }.items():
     app.command(_name)(interruptible(_command))
 

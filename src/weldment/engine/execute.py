@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from weldment.checkpoint.dtypes import ITEM_BYTES, is_float
+from weldment.checkpoint.dtypes import ITEM_BYTES
 from weldment.checkpoint.journal import Journal
 from weldment.checkpoint.layout import Slot
-from weldment.checkpoint.model import TensorEntry, WeightFile
+from weldment.checkpoint.model import WeightFile
 from weldment.checkpoint.output_files import OutputFiles
-from weldment.engine.adapted import adapted
 from weldment.engine.blocks import BLOCK
 from weldment.engine.checksum import Checksum, Outcome
 from weldment.engine.copying import Copy
@@ -24,9 +23,9 @@ from weldment.engine.memory import weight_of
 from weldment.engine.outputs import FileOutput
 from weldment.engine.progress import Amount, Progress
 from weldment.engine.run import Machine, run_works
-from weldment.engine.sources import FileSource, Source
 from weldment.engine.work import Work
-from weldment.errors import CheckpointError, NonFiniteError
+from weldment.engine.works import Inputs, work_of
+from weldment.errors import NonFiniteError
 from weldment.methods import METHODS
 from weldment.planning.plan import Plan, TensorJob
 
@@ -56,32 +55,6 @@ class Execution:
     allow_nonfinite: bool = False
 
 
-class _Inputs:
-    """Open input files."""
-
-    def __init__(self, stack: ExitStack, find: Callable[[WeightFile], Path]) -> None:
-        self._stack = stack
-        self._find = find
-        self._open: dict[Path, int] = {}
-
-    def source(self, entry: TensorEntry) -> Source:
-        """A tensor, with what adapters change of it."""
-        stored = self.file(entry)
-        return adapted(stored, entry, self.file) if entry.changes else stored
-
-    def file(self, entry: TensorEntry) -> FileSource:
-        """A tensor as it is stored."""
-        path = self._find(entry.file)
-        if path not in self._open:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-            self._stack.callback(os.close, descriptor)
-            self._open[path] = descriptor
-        return FileSource(self._open[path], path, entry.name, entry.dtype, entry.offset)
-
-
 def execute(plan: Plan, run: Execution) -> dict[str, str]:
     """Write all tensors of a plan.
 
@@ -95,10 +68,10 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
     with ExitStack() as stack:
         files = OutputFiles(run.folder, plan.layout)
         stack.callback(files.close)
-        inputs = _Inputs(stack, run.find)
+        inputs = Inputs(stack, run.find)
         outputs = [FileOutput(files, slots[job.file, job.name]) for job in plan.jobs]
         works = [
-            _work(job, inputs, output, run.block, weight_of(job, plan.recipe.accumulate))
+            work_of(job, inputs, output, run.block, weight_of(job, plan.recipe.accumulate))
             for job, output in zip(plan.jobs, outputs, strict=True)
         ]
         names = {id(work): _label(job) for work, job in zip(works, plan.jobs, strict=True)}
@@ -128,7 +101,7 @@ def execute(plan: Plan, run: Execution) -> dict[str, str]:
     return checksums
 
 
-def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: _Inputs, run: Execution) -> None:
+def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: Inputs, run: Execution) -> None:
     """Report or refuse tensors with NaN or infinity, and say which inputs have them."""
     count = len(nonfinite)
     shown = [f"{jobs[label].name} ({nonfinite[label]})" for label in sorted(nonfinite)[:_SHOWN]]
@@ -148,7 +121,7 @@ def _judge(nonfinite: Mapping[str, int], jobs: Mapping[str, TensorJob], inputs: 
     raise NonFiniteError(cause, fix=f"{fix}, or allow it (--allow-nonfinite)")
 
 
-def _not_finite(job: TensorJob, inputs: _Inputs, machine: Machine) -> list[str]:
+def _not_finite(job: TensorJob, inputs: Inputs, machine: Machine) -> list[str]:
     """The models whose tensor has NaN or infinity."""
     workspace = machine.workspace()
     found: list[str] = []
@@ -180,28 +153,6 @@ def _amount(job: TensorJob) -> Amount:
 def _sum(jobs: Iterable[TensorJob]) -> Amount:
     amounts = [_amount(job) for job in jobs]
     return Amount(sum(amount.nbytes for amount in amounts), sum(amount.work for amount in amounts))
-
-
-def _work(job: TensorJob, inputs: _Inputs, output: FileOutput, block: int, weight: int) -> Work | Copy:
-    sources = [inputs.source(entry) for entry in job.sources]
-    same = all(entry.dtype == job.dtype and not entry.changes for entry in job.sources)
-    if job.action != "merge" and (same or not is_float(job.dtype)):
-        return Copy(job.name, job.shape, sources, job.dtype, output)
-    copied = job.action != "merge"
-    return Work(
-        name=job.name,
-        shape=job.shape,
-        method=METHODS["passthrough" if copied else job.method],
-        parameters={"scale": (1.0,)} if copied else job.parameters,
-        sources=sources,
-        base=inputs.source(job.base) if job.base else None,
-        dtype=job.dtype,
-        output=output,
-        keys=job.keys,
-        block=block,
-        finish=job.finish,
-        weight=weight,
-    )
 
 
 def _still_true(plan: Plan, run: Execution, files: OutputFiles) -> dict[str, str]:

@@ -106,7 +106,7 @@ def as_models(recipe: Recipe, adapters: Adapters) -> Recipe:
     Raises:
         PlanError: it is not clear what the base is.
     """
-    base = _base(recipe, adapters)
+    base = base_model_of(recipe, adapters)
 
     def written(reference: str) -> str:
         return f"{base}+{reference}" if reference in adapters else reference
@@ -122,8 +122,12 @@ def as_models(recipe: Recipe, adapters: Adapters) -> Recipe:
     )
 
 
-def _base(recipe: Recipe, adapters: Adapters) -> str:
-    """The base that the recipe names, else the one that all adapters do."""
+def base_model_of(recipe: Recipe, adapters: Adapters) -> str:
+    """The model that adapters change: the one that the recipe names, else the one that all of them do.
+
+    Raises:
+        PlanError: the recipe names none, and the adapters none or different ones.
+    """
     if recipe.base_model is not None and recipe.base_model not in adapters:
         return recipe.base_model
     named = {ref: adapter.config.base_model_name_or_path for ref, adapter in adapters.items()}

@@ -1,0 +1,1 @@
+"""How good a model is: tasks, scores, comparisons of merges, soups and searches."""

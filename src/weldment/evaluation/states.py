@@ -1,0 +1,128 @@
+"""A model in memory: its tensors, configuration, tokenizer and heads, wherever it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from weldment.adapters.adapter import PREFIX
+from weldment.adapters.merge.recognising import base_model_of
+from weldment.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weldment.merging import RecipeSource
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The tensors that a model has for one task alone, and the configuration they belong to."""
+
+    tensors: Tensors
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model.
+
+    Attributes:
+        name: how it is called.
+        folder: where its tokenizer lies, on this machine.
+        heads: kept beside a merged model, by their names.
+        nbytes: of its tensors.
+    """
+
+    name: str
+    tensors: Tensors
+    config: Mapping[str, Any]
+    folder: Path | None = None
+    heads: Mapping[str, Head] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def short_name(reference: str) -> str:
+    """The last part of a reference, without the ending of a file."""
+    path = PurePath(reference.rstrip("/"))
+    return path.stem if path.suffix in (".safetensors", ".yml", ".yaml", ".json") else path.name or reference
+
+
+def load_state(reference: str | Path) -> ModelState:
+    """A model that is stored: a folder, a file, `org/name` on the Hub, or `base+adapter`.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    from weldment.merging import merge_in_memory
+
+    merged = merge_in_memory({"merge_method": "passthrough", "models": [str(reference)]})
+    model = next(iter(merged.plan.models.values()))
+    name = "+".join(short_name(part) for part in str(reference).split("+"))
+    return ModelState(name, merged.tensors, model.config, model.root, stored_heads(model.root))
+
+
+def merged_state(
+    recipe: RecipeSource, name: str, *, overrides: Sequence[str] = (), seed: int | None = None
+) -> ModelState:
+    """The model that a recipe makes; nothing is left on the disk.
+
+    Raises:
+        UserError: the recipe or its models are at fault.
+        MergeError: the merge failed.
+    """
+    from weldment.merging import merge_in_memory, recognised
+    from weldment.recipe import load_recipes
+
+    recipes, adapters = recognised(load_recipes(recipe, overrides=overrides))
+    if adapters:
+        return _merged_adapter(recipe, name, base_model_of(recipes[-1], adapters), overrides, seed)
+    merged = merge_in_memory(recipe, overrides=overrides, seed=seed)
+    experts = merged.plan.heads
+    heads = {head: Head(tensors, experts[head].config) for head, tensors in merged.heads.items()}
+    return ModelState(name, merged.tensors, merged.plan.config, merged.plan.tokenizer.root, heads)
+
+
+def _merged_adapter(
+    recipe: RecipeSource, name: str, base: str, overrides: Sequence[str], seed: int | None
+) -> ModelState:
+    """The base with the merged adapter; adapters are small, and are written to a folder that is removed."""
+    from tempfile import TemporaryDirectory
+
+    from weldment.merging import merge
+
+    with TemporaryDirectory() as scratch:
+        out = merge(recipe, Path(scratch) / "adapter", overrides=overrides, seed=seed).path
+        return replace(load_state(f"{base}+{out}"), name=name, heads=stored_heads(out))
+
+
+def stored_heads(root: Path | None) -> dict[str, Head]:
+    """The heads that a merge kept in the folder `heads` of its output."""
+    found = sorted((root / "heads").glob("*.safetensors")) if root is not None else ()
+    return {path.stem: stored_head(path) for path in found}
+
+
+def stored_head(path: Path) -> Head:
+    """A head in a file of its own, with the configuration beside it if there is one.
+
+    Raises:
+        CheckpointError: the file or the configuration is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = path.with_suffix(".json")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+    return Head(tensors, content)
