@@ -77,7 +77,7 @@ class Networks:
             with _transformers():
                 config = config_of(state.config, state.name)
                 network = load(_writer_class(config, state.name), config, state.tensors, state.name)
-            self._writer = network.to(device=self._device, dtype=self._dtype).eval()
+            self._writer = self._ready(network)
         return self._writer
 
     def _built(self, state: ModelState, head: Head) -> PreTrainedModel:
@@ -89,7 +89,10 @@ class Networks:
             else:
                 network = load(kind, config, {**state.tensors, **head.tensors}, state.name)
                 self._backbone = getattr(network, network.base_model_prefix)
-            return network.to(device=self._device, dtype=self._dtype).eval()
+            return self._ready(network)
+
+    def _ready(self, network: torch.nn.Module) -> Any:
+        return network.to(device=self._device, dtype=self._dtype).eval()
 
 
 def names_of(backbone: PreTrainedModel, tensors: Tensors) -> dict[str, str] | None:
