@@ -166,6 +166,7 @@ def merge(
     models = open_models(recipes)
     check_target(target, recipe, models, overwrite=overwrite)
     planned = plan_merges(recipes, models, shard_bytes=shard_size, seed=seed)
+    _refuse_unlabelled(target, planned.recipe)
     machine, block = fit(planned, device, threads, max_memory)
     progress = progress or Silent()
     if not planned.is_local:
@@ -221,6 +222,10 @@ def merge_in_memory(
     heads: dict[str, dict[str, Tensor]] = {name: {} for name in planned.heads}
     for (file, name), tensor in execute_in_memory(planned, machine, block).items():
         (heads[PurePath(file).stem] if file else tensors)[name] = tensor
+    if planned.recipe.recalibrate is not None:
+        from weldment.evaluation.recalibration import merge_statistics
+
+        tensors |= merge_statistics(planned, tensors, machine.threads)
     return MergedModel(planned, tensors, heads)
 
 
@@ -285,6 +290,16 @@ def check_target(out: Path, recipe: RecipeSource, models: Mapping[str, Input], *
     if isinstance(recipe, (str, Path)) and out.resolve() in Path(recipe).resolve().parents:
         raise OutputError("the recipe lies inside the output folder", where=str(out), fix="Choose another folder")
     check_output(out, overwrite=overwrite)
+
+
+def _refuse_unlabelled(out: Path, recipe: Recipe) -> None:
+    """Raise if the output would replace a folder that holds the inputs that the recipe measures on."""
+    if recipe.recalibrate is None:
+        return
+    folder = Path(recipe.recalibrate).expanduser().resolve()
+    if out.resolve() in (folder, *folder.parents):
+        cause = f"the output would replace the inputs to measure on ({recipe.recalibrate})"
+        raise OutputError(cause, where=str(out), fix="Choose another output folder")
 
 
 def _refuse_inputs(out: Path, models: Mapping[str, Input]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weldment.checkpoint.journal import Earlier, Journal
-from weldment.checkpoint.layout import INDEX
+from weldment.checkpoint.layout import INDEX, Layout
 from weldment.checkpoint.model import WeightFile
 from weldment.checkpoint.side_files import copy_side_files, write_json
 from weldment.checkpoint.staging import MANIFEST, Staging, free_bytes, is_published
+from weldment.engine.checksum import Checksum
 from weldment.engine.execute import Execution, execute
 from weldment.engine.progress import Progress
 from weldment.engine.run import Machine
@@ -22,6 +24,9 @@ from weldment.planning.plan import Plan
 from weldment.report.card import model_card
 from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
 from weldment.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Checksums = Mapping[str, str]
 """Of tensors, by `file|name`."""
@@ -69,6 +74,7 @@ class Run:
         journal.open(fresh=earlier.differs is not None)
         try:
             checksums = self._execute(staging, journal, earlier.finished)
+            checksums = {**checksums, **self._recalibrate(staging.folder)}
             self._refuse_changes()
             complete(self.plan, staging.folder, checksums)
             journal.seal(staging.seal())
@@ -113,28 +119,51 @@ class Run:
             execute(stage, replace(whole, folder=staging.stages / name, label=f"{name}:", machine=machine))
         return execute(self.plan, whole)
 
+    def _recalibrate(self, folder: Path) -> Checksums:
+        """Replace running statistics of batch normalisation by measured ones, if the recipe asks for it.
+
+        The journal keeps the checksums of the merged ones, so that another run merges and measures them again.
+        """
+        if self.plan.recipe.recalibrate is None:
+            return {}
+        from safetensors.torch import load_file
+
+        from weldment.evaluation.recalibration import merge_statistics
+
+        self.progress.message(f"measuring running statistics on {self.plan.recipe.recalibrate}")
+        files = [file.name for file in self.plan.layout.files if "/" not in file.name]
+        tensors = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+        return replace_stored(folder, self.plan.layout, merge_statistics(self.plan, tensors, self.machine.threads))
+
     def _identity(self) -> dict[str, Any]:
         """What must be the same for this run to go on where another stopped."""
         return {
             "plan": self.plan.hash,
-            "inputs": sorted([str(path), *(file.stamp or ())] for path, file in self._inputs().items()),
+            "inputs": sorted([str(path), *(stamp or ())] for path, stamp in self._stamps.items()),
             "versions": [__version__, torch.__version__],
         }
 
-    def _inputs(self) -> dict[Path, WeightFile]:
+    @cached_property
+    def _stamps(self) -> dict[Path, tuple[int, int] | None]:
+        """Sizes and times of the input files, by path: what they were when the run began, or was planned."""
         models = [model for plan in (*self.plan.stages, self.plan) for model in plan.models.values()]
-        return {file.path: file for model in models for file in model.weight_files if file.path is not None}
+        stamps = {file.path: file.stamp for model in models for file in model.weight_files if file.path is not None}
+        if self.plan.recipe.recalibrate is not None:
+            from weldment.evaluation.unlabelled import input_files
+
+            stamps |= {path: _stamp(path) for path in input_files(self.plan.recipe.recalibrate)}
+        return stamps
 
     def _refuse_changes(self) -> None:
         """CheckpointError if an input file is not what it was when its header was read."""
-        for path, file in self._inputs().items():
+        for path, stamp in self._stamps.items():
             try:
-                stat = path.stat()
+                found = _stamp(path)
             except FileNotFoundError as error:
                 raise CheckpointError(
                     "the file was removed while it was merged", where=str(path), fix=_AGAIN
                 ) from error
-            if (stat.st_size, stat.st_mtime_ns) != file.stamp:
+            if found != stamp:
                 raise CheckpointError("the file was changed while it was merged", where=str(path), fix=_AGAIN)
 
     def _check_space(self, staging: Staging) -> None:
@@ -144,6 +173,27 @@ class Run:
         if needed > free + present:
             cause = f"not enough disk space: {(needed - present) / 1e6:.0f} MB to write, {free / 1e6:.0f} MB free"
             raise OutputError(cause, where=str(staging.out), fix="Free some space, or choose another disk")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Tells two versions of a file apart."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def replace_stored(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> Checksums:
+    """Write other values of some tensors into the files of a model; the tensors' checksums."""
+    checksums: dict[str, str] = {}
+    for slot in layout.slots:
+        if "/" not in slot.file and slot.name in tensors:
+            values = tensors[slot.name].reshape(-1)
+            with (folder / slot.file).open("r+b") as file:
+                file.seek(slot.offset)
+                file.write(values.view(torch.uint8).numpy().tobytes())
+            checksum = Checksum(slot.numel, slot.dtype)
+            checksum.add(0, values)
+            checksums[f"|{slot.name}"] = checksum.digest()
+    return checksums
 
 
 def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from weldment.cli import compare, extract, merge, methods, plan, search, soup, verify
 from weldment.cli import eval as evaluate
-from weldment.cli import extract, merge, methods, plan, verify
 from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.cli.startup import postpone
 from weldment.errors import WeldmentError
@@ -31,6 +31,9 @@ for _name, _command in {
     "verify": verify.command,
     "extract": extract.command,
     "eval": evaluate.command,
+    "compare": compare.command,
+    "search": search.command,
+    "soup": soup.command,
 }.items():
     app.command(_name)(interruptible(_command))
 

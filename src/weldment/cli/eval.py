@@ -36,6 +36,14 @@ LengthOption = Annotated[
     int | None, typer.Option(help="Tokens after which texts are cut.", show_default="what the model takes")
 ]
 EvalDeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps or auto.")]
+RecalibrateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Unlabelled inputs, on which running statistics of batch normalisation are measured first.",
+        show_default=False,
+    ),
+]
 EvalDtypeOption = Annotated[
     str, typer.Option(help="Arithmetic: float32, bfloat16, or auto for bfloat16 where the processor has it.")
 ]
@@ -53,10 +61,11 @@ def command(
     max_length: LengthOption = None,
     device: EvalDeviceOption = "cpu",
     dtype: EvalDtypeOption = "float32",
+    recalibrate: RecalibrateOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")] = False,
 ) -> None:
-    """Score MODEL on tasks, with 95 % confidence intervals from resampled examples."""
+    """Score MODEL on tasks, with 95 % confidence intervals."""
     import json
 
     from weldment.cli.scoring import parse_heads, scoring
@@ -76,6 +85,7 @@ def command(
             max_length=max_length,
             device=pick_device(device),
             dtype=dtype,
+            recalibrate=recalibrate,
         )
     if as_json:
         records = [score.record() for score in found.values()]
@@ -90,13 +100,20 @@ def _show(scores: Mapping[str, Score]) -> None:
     from weldment.evaluation.scores import average
 
     rows = [("task", "metric", "score", "95 % interval", "examples")]
-    rows += [_row(score) for score in scores.values()]
+    for score in scores.values():
+        rows.append(_row(score))
+        rows += [("", name.replace("_", " "), _number(value), "", "") for name, value in score.details.items()]
     if len(scores) > 1 and all(score.higher_is_better for score in scores.values()):
         rows.append(_row(average(list(scores.values()))))
     for line in columns(rows, 100, right=(2,)):
         typer.echo(line)
 
 
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
 def _row(score: Score) -> tuple[str, str, str, str, str]:
     low, high = score.interval
-    return score.task, score.metric, f"{score.value:.3f}", f"{low:.3f} to {high:.3f}", str(score.examples)
+    metric = score.metric if score.higher_is_better else f"{score.metric} (lower is better)"
+    return score.task, metric, f"{score.value:.3f}", f"{low:.3f} to {high:.3f}", str(score.examples)

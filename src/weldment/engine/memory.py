@@ -31,6 +31,9 @@ WORKER_BYTES = 40_000_000
 FORK_ELEMENTS = 1 << 26
 """Merges of as many elements are worth starting processes for."""
 
+FEW = 8
+"""Models whose blocks of the largest size a worker may hold by default."""
+
 STACKS = 3
 """Stacks of the experts' largest matrix that a worker may hold by default."""
 
@@ -151,7 +154,7 @@ def fit(plan: Plan, device: str, threads: int | None, max_memory: int | None) ->
         _refuse_float64(plan)
     wanted = threads or default_threads()
     if max_memory is None:
-        block = _block_sizes(chosen)[0]
+        block = _default_block(plan, _block_sizes(chosen))
         return _machine(plan, chosen, wanted, _Weights.of(plan, block).budget(wanted)), block
     sizes = [(block, _Weights.of(plan, block)) for block in _block_sizes(chosen)]
     for count in range(wanted, 0, -1):
@@ -180,6 +183,12 @@ def _refuse_float64(plan: Plan) -> None:
     for job in (job for part in (*plan.stages, plan) for job in part.jobs if job.action == "merge"):
         if METHODS[job.method].needs_float64(job.parameters) or (job.finish is not None and job.finish.is_whole):
             raise UserError(f"{job.method} needs float64, which mps devices lack", fix="Use --device cpu")
+
+
+def _default_block(plan: Plan, sizes: list[int]) -> int:
+    """Merges of many models work on smaller blocks, so that they hold no more than those of a few."""
+    models = max((len(job.inputs) for part in (*plan.stages, plan) for job in part.jobs), default=1)
+    return next((block for block in sizes if models * block <= FEW * sizes[0]), sizes[-1])
 
 
 def _block_sizes(device: str) -> list[int]:

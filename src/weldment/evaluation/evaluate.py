@@ -14,6 +14,8 @@ from weldment.evaluation.states import ModelState, load_state
 from weldment.evaluation.tasks import SPLITS, AnyTask, LanguageTask, Split, Task, load_task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from weldment.evaluation.predicting import Encoded
 
 Report = Callable[[str, int, int], None]
@@ -32,6 +34,8 @@ class Options:
         device: where networks run.
         dtype: of their arithmetic: "float32", "bfloat16", or "auto" for bfloat16 where the processor has it.
         seed: of the resamples for confidence intervals.
+        recalibrate: a folder of unlabelled inputs, on which running statistics of batch normalisation are measured
+            before a model is evaluated; None to leave them as they are.
     """
 
     split: str = "test"
@@ -41,12 +45,13 @@ class Options:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    recalibrate: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch", "max_length"):
+        for name, option in (("limit", "--limit"), ("batch", "--batch-size"), ("max_length", "--max-length")):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+                raise UserError(f"{name} ({option}) is {value}", fix="Give at least 1")
         if self.split not in SPLITS:
             raise UserError(f"there is no split {self.split!r}", fix=f"The splits are {', '.join(SPLITS)}")
         if self.dtype not in ("float32", "bfloat16", "auto"):
@@ -67,11 +72,13 @@ class Evaluator:
     report: Report = lambda what, count, total: None
 
     def __post_init__(self) -> None:
-        from weldment.evaluation.networks import Networks
+        from weldment.evaluation.sharing import Networks
 
         self._networks = Networks(self.options.device, dtype_of(self.options.dtype))
+        self._ready: tuple[ModelState, ModelState] | None = None
         self._splits: dict[str, Split] = {}
         self._encoded: dict[tuple[str, str, int], Encoded] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         _refuse_doubles(self.tasks)
         unknown = [name for name in self.heads if name not in {task.name for task in self.tasks}]
         if unknown:
@@ -92,6 +99,7 @@ class Evaluator:
 
     def score(self, state: ModelState, task: AnyTask, heads: Heads) -> Score:
         """Its score on one task, with the head that is given for it or its own."""
+        state = self.recalibrated(state)
         if isinstance(task, LanguageTask):
             from weldment.evaluation.language import language_score
 
@@ -99,17 +107,30 @@ class Evaluator:
             return language_score(self._networks.writer(), state, task, self.options, self.report)
         return self._score(state, task, heads)
 
+    def recalibrated(self, state: ModelState) -> ModelState:
+        """The model as it is evaluated: the same, unless `recalibrate` is asked for.
+
+        Raises:
+            TaskError: its running statistics cannot be measured.
+        """
+        if self.options.recalibrate is None:
+            return state
+        if self._ready is None or self._ready[0] is not state:
+            from weldment.evaluation.recalibration import recalibrated
+
+            self._ready = (state, recalibrated(state, self.options.recalibrate))
+        return self._ready[1]
+
     def _score(self, state: ModelState, task: Task, heads: Heads) -> Score:
-        from weldment.evaluation.networks import tokenizer_of
-        from weldment.evaluation.predicting import encode, logits, longest, tokenizer_digest
+        from weldment.evaluation.predicting import encode, logits, longest
 
         head = choose_head(state, task, heads)
         split = self.split(task)
         self._networks.use(state)
         network = self._networks.classifier(head)
-        tokenizer = tokenizer_of(state)
+        digest, tokenizer = self._tokenizer(state)
         length = longest(tokenizer, network, self.options.max_length or task.max_length)
-        key = (task.name, tokenizer_digest(state.folder), length)
+        key = (task.name, digest, length)
         if key not in self._encoded:
             self._encoded[key] = encode(tokenizer, split, length)
         encoded = self._encoded[key]
@@ -118,10 +139,21 @@ class Evaluator:
             network,
             tokenizer,
             encoded,
+            name=state.name,
             batch=self.options.batch,
             report=lambda count: self.report(what, count, len(split)),
         )
         return score(task.name, task.metric, split.labels, answers(found, task, head.config), self.options.seed)
+
+    def _tokenizer(self, state: ModelState) -> tuple[str, PreTrainedTokenizerBase]:
+        """The tokenizer, loaded once for all models that have the same files of it, and what tells it from others."""
+        from weldment.evaluation.networks import tokenizer_of
+        from weldment.evaluation.predicting import tokenizer_digest
+
+        digest = tokenizer_digest(state.folder)
+        if digest not in self._tokenizers:
+            self._tokenizers[digest] = tokenizer_of(state)
+        return digest, self._tokenizers[digest]
 
     def split(self, task: Task) -> Split:
         """The examples of a task that models are evaluated on."""

@@ -1,14 +1,15 @@
 """Metrics of classification and regression, under the names that scikit-learn gives them, and GLUE's; more is better.
 
-A resample of n examples is n counts, how often each was drawn; where a metric can be calculated from
-sums over the examples, that of all resamples takes one matrix product.
+A resample of n examples is n counts, how often each was drawn. Metrics of all resamples come from sums over
+the examples, weighted by the counts, and take a few matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ RESAMPLES = 1000
 LEVEL = 0.95
 """Of confidence intervals."""
 
+_COUNTS = 1 << 22
+"""That are held at a time."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -29,40 +33,45 @@ class Metric:
 
     Attributes:
         of: labels (n,) and predictions (n,) to the value: predicted classes, or numbers for a regression.
+        resampled: the same with counts (B, n), to (B,) values; NaN where it is not defined.
         regression: whether it compares numbers.
-        resampled: the same for counts (B, n), to (B,) values; None where there is no quick way.
     """
 
     name: str
     of: Callable[[ndarray, ndarray], float]
+    resampled: Callable[[ndarray, ndarray, ndarray], ndarray]
     regression: bool = False
-    resampled: Callable[[ndarray, ndarray, ndarray], ndarray] | None = None
 
 
-def bootstrap(metric: Metric, labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+def bootstrap(metric: Metric, labels: ndarray, predictions: ndarray, seed: int = 0) -> ndarray:
     """The metric of resamples.
 
     Args:
         labels, predictions: (n,).
-        counts: (B, n), how often each example was drawn.
+        seed: of the resamples, which depend on it and on n alone.
 
     Returns:
-        (B,); NaN where it is not defined for a resample.
+        (RESAMPLES,); NaN where it is not defined for a resample.
     """
-    if metric.resampled is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return metric.resampled(labels, predictions, counts)
-    drawn = [np.repeat(np.arange(len(labels)), row) for row in counts]
-    return np.array([metric.of(labels[places], predictions[places]) for places in drawn])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        blocks = draw_blocks(len(labels), seed)
+        return np.concatenate([metric.resampled(labels, predictions, counts.astype(np.float64)) for counts in blocks])
 
 
 def draws(examples: int, seed: int = 0, resamples: int = RESAMPLES) -> ndarray:
     """Counts (B, n) of resamples with replacement; the same for the same seed and number of examples."""
+    return np.concatenate(list(draw_blocks(examples, seed, resamples)))
+
+
+def draw_blocks(examples: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[ndarray]:
+    """The same, some resamples at a time, for numbers of examples that leave no memory for all."""
     generator = np.random.default_rng([seed, examples])
-    places = generator.integers(0, examples, size=(resamples, examples))
-    counts = np.zeros((resamples, examples), dtype=np.int32)
-    np.add.at(counts, (np.arange(resamples)[:, None], places), 1)
-    return counts
+    step = max(1, _COUNTS // examples)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        places = generator.integers(0, examples, size=(rows, examples))
+        places += examples * np.arange(rows)[:, None]
+        yield np.bincount(places.reshape(-1), minlength=rows * examples).reshape(rows, examples)
 
 
 def interval(values: ndarray, level: float = LEVEL) -> tuple[float, float]:
@@ -74,13 +83,16 @@ def interval(values: ndarray, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _sklearn(name: str, **options: str) -> Callable[[ndarray, ndarray], float]:
+def _sklearn(name: str, **options: Any) -> Callable[[ndarray, ndarray], float]:
     def of(labels: ndarray, predictions: ndarray) -> float:
         try:
             from sklearn import metrics
         except ImportError as error:
             raise missing_extra() from error
-        return float(getattr(metrics, name)(labels, predictions, **options))
+        with warnings.catch_warnings():
+            # Classes that no example has are no news where only some examples are looked at.
+            warnings.simplefilter("ignore", UserWarning)
+            return float(getattr(metrics, name)(labels, predictions, **options))
 
     return of
 
@@ -106,25 +118,59 @@ def missing_extra() -> TaskError:
 
 
 def _accuracies(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
-    return counts @ (labels == predictions) / counts.sum(axis=1)
+    return counts @ (labels == predictions).astype(np.float64) / counts.sum(axis=1)
 
 
-def confusions(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
-    """Confusion matrices (B, C, C) of resamples: rows are labels, columns predictions."""
-    classes, places = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    number = len(classes)
-    cells = places[: len(labels)] * number + places[len(labels) :]
-    return (counts @ np.eye(number**2)[cells]).reshape(-1, number, number)
+@dataclass(frozen=True)
+class _Tallies:
+    """Of each class in each resample (B, C): how often it was predicted rightly, there, and predicted."""
+
+    right: ndarray
+    true: ndarray
+    predicted: ndarray
+
+    @property
+    def recall(self) -> ndarray:
+        """NaN for classes that a resample has no example of."""
+        return self.right / self.true
+
+    @property
+    def f1(self) -> ndarray:
+        """NaN for classes that are neither there nor predicted."""
+        return 2 * self.right / (self.true + self.predicted)
+
+
+def _tallies(labels: ndarray, predictions: ndarray, counts: ndarray, classes: ndarray | None = None) -> _Tallies:
+    kinds = np.union1d(labels, predictions) if classes is None else classes
+    true, predicted = ((values[:, None] == kinds).astype(np.float64) for values in (labels, predictions))
+    return _Tallies(counts @ (true * predicted), counts @ true, counts @ predicted)
+
+
+def _balanced(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    recall = _tallies(labels, predictions, counts, np.unique(labels)).recall
+    return np.nanmean(recall, axis=1)
+
+
+def _f1_of_ones(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    return np.nan_to_num(_tallies(labels, predictions, counts, np.array([1])).f1[:, 0])
+
+
+def _f1_macro(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    return np.nanmean(_tallies(labels, predictions, counts).f1, axis=1)
+
+
+def _f1_weighted(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    tallies = _tallies(labels, predictions, counts)
+    return (np.nan_to_num(tallies.f1) * tallies.true).sum(axis=1) / counts.sum(axis=1)
 
 
 def _matthews(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
     """Gorodkin's R_K, which is Matthews' coefficient for two classes; 0 where it is not defined."""
-    table = confusions(labels, predictions, counts)
-    true, predicted, all_ = table.sum(axis=2), table.sum(axis=1), table.sum(axis=(1, 2))
-    right = np.trace(table, axis1=1, axis2=2)
-    covariance = right * all_ - (true * predicted).sum(axis=1)
+    tallies = _tallies(labels, predictions, counts)
+    true, predicted, all_ = tallies.true, tallies.predicted, counts.sum(axis=1)
+    covariance = tallies.right.sum(axis=1) * all_ - (true * predicted).sum(axis=1)
     spread = (all_**2 - (predicted**2).sum(axis=1)) * (all_**2 - (true**2).sum(axis=1))
-    return np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+    return np.where(spread > 0, covariance / np.sqrt(spread), 0.0)
 
 
 def _pearsons(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
@@ -133,21 +179,44 @@ def _pearsons(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray
     total = counts.sum(axis=1)
     mx, my, xx, yy, xy = (counts @ np.stack([x, y, x * x, y * y, x * y], axis=1) / total[:, None]).T
     spread = (xx - mx**2) * (yy - my**2)
-    return np.where(spread > 0, (xy - mx * my) / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+    return np.where(spread > 0, (xy - mx * my) / np.sqrt(spread), 0.0)
+
+
+def _spearmans(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    """Pearson's coefficient of the ranks within each resample, whose means are known."""
+    middle = (counts.sum(axis=1, keepdims=True) + 1) / 2
+    x, y = (_ranks(values, counts) - middle for values in (labels, predictions))
+    xx, yy, xy = ((counts * a * b).sum(axis=1) for a, b in ((x, x), (y, y), (x, y)))
+    return np.where(xx * yy > 0, xy / np.sqrt(xx * yy), 0.0)
+
+
+def _ranks(values: ndarray, counts: ndarray) -> ndarray:
+    """Ranks (B, n) of values (n,) within resamples; equal ones share the mean of theirs."""
+    distinct, places = np.unique(values, return_inverse=True)
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(len(distinct)))
+    equal = np.add.reduceat(counts[:, order], starts, axis=1)
+    return (np.cumsum(equal, axis=1) - (equal - 1) / 2)[:, places]
+
+
+def _r2(labels: ndarray, predictions: ndarray, counts: ndarray) -> ndarray:
+    x, total = labels - labels.mean(), counts.sum(axis=1)
+    spread = counts @ x**2 - (counts @ x) ** 2 / total
+    return 1 - counts @ (labels - predictions) ** 2 / spread
 
 
 _ROWS = (
-    Metric("accuracy", _sklearn("accuracy_score"), resampled=_accuracies),
-    Metric("balanced_accuracy", _sklearn("balanced_accuracy_score")),
-    Metric("f1", _sklearn("f1_score")),
-    Metric("f1_macro", _sklearn("f1_score", average="macro")),
-    Metric("f1_micro", _sklearn("f1_score", average="micro"), resampled=_accuracies),
-    Metric("f1_weighted", _sklearn("f1_score", average="weighted")),
-    Metric("matthews_corrcoef", _sklearn("matthews_corrcoef"), resampled=_matthews),
-    Metric("matthews_correlation", _sklearn("matthews_corrcoef"), resampled=_matthews),
-    Metric("pearson", _scipy("pearsonr"), regression=True, resampled=_pearsons),
-    Metric("spearman", _scipy("spearmanr"), regression=True),
-    Metric("r2", _sklearn("r2_score"), regression=True),
+    Metric("accuracy", _sklearn("accuracy_score"), _accuracies),
+    Metric("balanced_accuracy", _sklearn("balanced_accuracy_score"), _balanced),
+    Metric("f1", _sklearn("f1_score", zero_division=0.0), _f1_of_ones),
+    Metric("f1_macro", _sklearn("f1_score", average="macro", zero_division=0.0), _f1_macro),
+    Metric("f1_micro", _sklearn("f1_score", average="micro"), _accuracies),
+    Metric("f1_weighted", _sklearn("f1_score", average="weighted", zero_division=0.0), _f1_weighted),
+    Metric("matthews_corrcoef", _sklearn("matthews_corrcoef"), _matthews),
+    Metric("matthews_correlation", _sklearn("matthews_corrcoef"), _matthews),
+    Metric("pearson", _scipy("pearsonr"), _pearsons, regression=True),
+    Metric("spearman", _scipy("spearmanr"), _spearmans, regression=True),
+    Metric("r2", _sklearn("r2_score"), _r2, regression=True),
 )
 
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}

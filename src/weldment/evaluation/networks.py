@@ -1,9 +1,11 @@
-"""Networks of transformers that run a model in memory; the networks of several heads share one backbone."""
+"""Networks and configurations of transformers for models in memory, and what in them is a model's head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,112 +19,71 @@ if TYPE_CHECKING:
 
 _SHOWN = 3
 
-
-class Networks:
-    """Networks for one model after another.
-
-    The first model is loaded as transformers loads it. Where the next ones have the same tensors, these are
-    copied into the networks that are there.
-
-    Args:
-        device: where they run.
-        dtype: of the arithmetic.
-    """
-
-    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self._device = torch.device(device)
-        self._dtype = dtype
-        self._state: ModelState | None = None
-        self._networks: dict[int, tuple[Head, PreTrainedModel]] = {}
-        self._backbone: PreTrainedModel | None = None
-        self._writer: PreTrainedModel | None = None
-
-    def use(self, state: ModelState) -> None:
-        """From now on the networks are those of this model."""
-        if state is self._state:
-            return
-        self._state = state
-        self._writer = None
-        names = None if self._backbone is None else names_of(self._backbone, state.tensors)
-        if names is None:
-            self._networks.clear()
-            self._backbone = None
-            return
-        assert self._backbone is not None
-        with torch.no_grad():
-            for name, target in self._backbone.state_dict().items():
-                target.copy_(state.tensors[names[name]])
-
-    def classifier(self, head: Head) -> PreTrainedModel:
-        """The model with a head, ready to classify.
-
-        Raises:
-            TaskError: the model and the head do not make a whole network.
-        """
-        assert self._state is not None
-        known = self._networks.get(id(head))
-        if known is None:
-            known = self._networks[id(head)] = (head, self._built(self._state, head))
-        return known[1]
-
-    def writer(self) -> PreTrainedModel:
-        """The model as one that writes text.
-
-        Raises:
-            TaskError: it is not of such a kind.
-        """
-        assert self._state is not None
-        if self._writer is None:
-            state = self._state
-            with _transformers():
-                config = config_of(state.config, state.name)
-                network = load(_writer_class(config, state.name), config, state.tensors, state.name)
-            self._writer = self._ready(network)
-        return self._writer
-
-    def _built(self, state: ModelState, head: Head) -> PreTrainedModel:
-        with _transformers():
-            config = config_of(head.config or state.config, state.name)
-            kind = _classifier_class(config, state.name)
-            if self._backbone is not None and isinstance(self._backbone, _backbone_class(kind, config)):
-                network = _with_backbone(kind, config, self._backbone, head, state.name)
-            else:
-                network = load(kind, config, {**state.tensors, **head.tensors}, state.name)
-                self._backbone = getattr(network, network.base_model_prefix)
-            return self._ready(network)
-
-    def _ready(self, network: torch.nn.Module) -> Any:
-        return network.to(device=self._device, dtype=self._dtype).eval()
+_LABELS = ("id2label", "label2id", "num_labels")
+_OF_HEADS = (*_LABELS, "problem_type", "pad_token_id", "architectures")
+_PARTS_OF_HEADS = ("classifier", "pooler", "summary")
 
 
-def names_of(backbone: PreTrainedModel, tensors: Tensors) -> dict[str, str] | None:
-    """For each tensor of a network, the name of a model's tensor that belongs there; None if one is missing."""
-    found: dict[str, str] = {}
-    for name, target in backbone.state_dict().items():
-        spellings = (name, f"{backbone.base_model_prefix}.{name}")
-        match = next((n for n in spellings if n in tensors and tensors[n].shape == target.shape), None)
-        if match is None:
-            return None
-        found[name] = match
-    return found
+def is_of_head(key: str) -> bool:
+    """Whether a key of a configuration says how a head calculates, and not how the backbone does."""
+    return key in _OF_HEADS or key.startswith(_PARTS_OF_HEADS)
 
 
-def load(kind: Any, config: PretrainedConfig, tensors: Tensors, name: str) -> PreTrainedModel:
-    """A network of a class of transformers with these tensors.
+def with_head(model: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model with a head that may come from another one; what the head's is silent of, is too."""
+    if not head:
+        return dict(model)
+    backbone = {key: value for key, value in model.items() if not is_of_head(key)}
+    return {**head, **backbone}
+
+
+def with_outputs(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A configuration with a head of so many outputs, without names of their own."""
+    names = [f"LABEL_{place}" for place in range(count)]
+    others = {key: value for key, value in config.items() if key not in _LABELS}
+    return {**others, "id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+
+
+def load(
+    kind: Any, config: PretrainedConfig, tensors: Tensors, name: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A network of a class of transformers with these tensors, or with copies of them in another dtype.
 
     Raises:
         TaskError: tensors are missing or have other shapes than the configuration says.
     """
     try:
-        network, info = kind.from_pretrained(None, config=config, state_dict=dict(tensors), output_loading_info=True)
-    except RuntimeError as error:
+        network, info = kind.from_pretrained(
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, **{_dtype_word(): dtype}
+        )
+    except (RuntimeError, ValueError) as error:
         cause = f"its tensors do not fit {kind.__name__}: {str(error).splitlines()[0]}"
-        raise TaskError(cause, where=name) from error
+        raise TaskError(cause, where=name, fix="Look at its config.json, and whose the head is") from error
     _refuse_missing(kind, info["missing_keys"], name)
     return network
 
 
-def _refuse_missing(kind: Any, missing: Any, name: str) -> None:
+def _dtype_word() -> str:
+    """How transformers calls the dtype; without it, it is that of the configuration, which tensors may exceed."""
+    from transformers import __version__
+
+    return "dtype" if int(__version__.partition(".")[0]) >= 5 else "torch_dtype"
+
+
+def refuse_misfits(kind: Any, wanted: Tensors, given: Tensors, name: str) -> None:
+    """Check that a head has all tensors that a network has besides its backbone, in their shapes.
+
+    Raises:
+        TaskError: it has not.
+    """
+    _refuse_missing(kind, [key for key in wanted if key not in given], name)
+    for key, tensor in wanted.items():
+        if given[key].shape != tensor.shape:
+            cause = f"the head's {key} is {list(given[key].shape)}, and {kind.__name__} needs {list(tensor.shape)}"
+            raise TaskError(cause, where=name, fix="Give the head of a model of the same architecture and size")
+
+
+def _refuse_missing(kind: Any, missing: Collection[str], name: str) -> None:
     if missing:
         shown = ", ".join(sorted(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
         raise TaskError(
@@ -132,30 +93,87 @@ def _refuse_missing(kind: Any, missing: Any, name: str) -> None:
         )
 
 
-def _with_backbone(
-    kind: Any, config: PretrainedConfig, backbone: PreTrainedModel, head: Head, name: str
-) -> PreTrainedModel:
-    """A network with a head of its own and a backbone that others have too."""
-    with torch.device("meta"):
-        network = kind(config)
-    setattr(network, network.base_model_prefix, backbone)
-    own = [key for key in network.state_dict() if not key.startswith(f"{network.base_model_prefix}.")]
-    _refuse_missing(kind, [key for key in own if key not in head.tensors], name)
-    try:
-        network.load_state_dict({key: head.tensors[key].clone() for key in own}, strict=False, assign=True)
-    except RuntimeError as error:
-        raise TaskError(f"the head does not fit {kind.__name__}: {error}", where=name) from error
-    return network
+def whole_network(state: ModelState) -> PreTrainedModel:
+    """The network of the class that a model's configuration names; its backbone where its heads are kept beside it.
+
+    Raises:
+        TaskError: transformers does not know the class, or the tensors do not make a whole network.
+    """
+    with quiet_transformers():
+        config = config_of(state.config, state.name)
+        kind = named_class(config, state.name, backbone=bool(state.heads))
+        try:
+            return load(kind, config, state.tensors, state.name)
+        except TaskError as error:
+            fix = "Put the class that the tensors are of into `architectures` of config.json"
+            raise TaskError(error.cause, where=error.where, fix=fix) from error
+
+
+def named_class(config: PretrainedConfig, name: str, *, backbone: bool = False) -> Any:
+    """The class of transformers that a configuration names, or that of the backbone where it names none.
+
+    Raises:
+        TaskError: there is no such class.
+    """
+    import transformers
+
+    named = None if backbone else (config.architectures or [None])[0]
+    if named is None:
+        found = transformers.MODEL_MAPPING.get(type(config), None)
+    else:
+        found = getattr(transformers, named, None)
+    if found is None:
+        cause = f"transformers has no class {named or f'for backbones of the type {config.model_type!r}'}"
+        raise TaskError(cause, where=name, fix="Write a class of transformers into `architectures` of config.json")
+    return found
 
 
 def head_of(state: ModelState) -> Head:
     """What a model has besides its backbone, as a head; it may be empty."""
-    with _transformers():
-        config = config_of(state.config, state.name)
-        prefix = _classifier_class(config, state.name).base_model_prefix
-    own = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(f"{prefix}.")}
-    has_prefix = len(own) < len(state.tensors)
-    return Head(own if has_prefix else {}, state.config)
+    with quiet_transformers():
+        shapes = _head_shapes(json.dumps(state.config), state.name)
+    own = {name: state.tensors[name] for name in shapes if name in state.tensors}
+    return Head(own, state.config, state.folder)
+
+
+def outputs_of(head: Head, config: Mapping[str, Any], name: str) -> int | None:
+    """How many outputs a head has by its tensors, whatever its configuration says; None if none of them tells.
+
+    Args:
+        config: of the model with the head.
+        name: of the model.
+    """
+    with quiet_transformers():
+        few, more = (_head_shapes(json.dumps(with_outputs(config, count)), name) for count in (2, 3))
+    for key, shape in few.items():
+        axes = [axis for axis, (two, three) in enumerate(zip(shape, more[key], strict=True)) if two != three]
+        if axes and key in head.tensors and head.tensors[key].ndim == len(shape):
+            return head.tensors[key].shape[axes[0]]
+    return None
+
+
+@lru_cache(maxsize=64)
+def _head_shapes(content: str, name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a classifier has besides its backbone, from a configuration as JSON."""
+    config = config_of(json.loads(content), name)
+    kind = classifier_class(config, name)
+    network = without_data(kind, config, name)
+    prefix = f"{network.base_model_prefix}."
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items() if not key.startswith(prefix)}
+
+
+def without_data(kind: Any, config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """A network whose tensors have shapes alone.
+
+    Raises:
+        TaskError: the configuration contradicts itself.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except ValueError as error:
+        cause = f"its config.json does not make a {kind.__name__}: {str(error).splitlines()[0]}"
+        raise TaskError(cause, where=name, fix="Restore the configuration that was saved with the model") from error
 
 
 def config_of(content: Mapping[str, Any], name: str) -> PretrainedConfig:
@@ -164,16 +182,27 @@ def config_of(content: Mapping[str, Any], name: str) -> PretrainedConfig:
     Raises:
         TaskError: there is none, or transformers does not know the kind of model.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from huggingface_hub import errors
+    from transformers import CONFIG_MAPPING
 
+    strict = getattr(errors, "StrictDataclassError", ValueError)
     kind = content.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         cause = "has no config.json" if kind is None else f"transformers does not know models of the type {kind!r}"
         raise TaskError(cause, where=name, fix="Models are evaluated with transformers, without code of their own")
-    return AutoConfig.for_model(**content)
+    try:
+        return CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(content)))
+    except (TypeError, ValueError, AttributeError, strict) as error:
+        cause = f"its config.json does not fit the type {kind!r}: {' '.join(str(error).split())}"
+        raise TaskError(cause, where=name, fix="Restore the configuration that was saved with the model") from error
 
 
-def _classifier_class(config: PretrainedConfig, name: str) -> Any:
+def classifier_class(config: PretrainedConfig, name: str) -> Any:
+    """The class that classifies texts with a backbone.
+
+    Raises:
+        TaskError: there is none.
+    """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
 
     try:
@@ -183,7 +212,12 @@ def _classifier_class(config: PretrainedConfig, name: str) -> Any:
         raise TaskError(cause, where=name, fix="Evaluate it by perplexity:FILE or by tasks of lm:NAME") from error
 
 
-def _writer_class(config: PretrainedConfig, name: str) -> Any:
+def writer_class(config: PretrainedConfig, name: str) -> Any:
+    """The class that writes text.
+
+    Raises:
+        TaskError: there is none.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
 
     try:
@@ -193,31 +227,31 @@ def _writer_class(config: PretrainedConfig, name: str) -> Any:
         raise TaskError(cause, where=name, fix="Evaluate it on task folders") from error
 
 
-def _backbone_class(kind: Any, config: PretrainedConfig) -> Any:
-    with torch.device("meta"):
-        return type(getattr(kind(config), kind.base_model_prefix))
-
-
 def tokenizer_of(state: ModelState) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model.
 
     Raises:
         TaskError: there is none.
     """
-    with _transformers():
+    with quiet_transformers():
         from transformers import AutoTokenizer
 
         try:
             if state.folder is None:
                 raise OSError("the model is in no folder")
-            return AutoTokenizer.from_pretrained(str(state.folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(state.folder), local_files_only=True)
+            # For some kinds of models, transformers makes a tokenizer without words of no file at all.
+            names = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"}
+            if len(names) > 1 and not any((state.folder / name).is_file() for name in names):
+                raise OSError(f"there is none of {', '.join(sorted(names))}")
+            return tokenizer
         except (OSError, ValueError) as error:
             fix = "Copy the tokenizer's files beside the model's weights"
             raise TaskError(f"has no tokenizer: {str(error).splitlines()[0]}", where=state.name, fix=fix) from error
 
 
 @contextmanager
-def _transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Work with transformers, which speaks up only about errors; without it, an error that says what to install."""
     try:
         from transformers.utils import logging

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from weldment.errors import TaskError
 from weldment.evaluation.tasks import Split
 
 if TYPE_CHECKING:
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Examples of a batch."""
+
+TOKENS = 2048
+"""Of a batch on the CPU, where larger ones are not faster, and every worker has one."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +59,82 @@ def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) ->
     return Encoded(tuple(rows[place] for place in order), order)
 
 
-@torch.inference_mode()
 def logits(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
     *,
+    name: str = "",
     batch: int = BATCH,
     report: Callable[[int], None] = lambda count: None,
 ) -> ndarray:
     """What a classifier says of each example, in the order of the split: (n, classes).
 
     Args:
+        name: of the model.
         report: called with the number of examples that were done since the last call.
+
+    Raises:
+        TaskError: texts cannot be padded, or an answer is NaN or infinite.
     """
-    parts: list[ndarray] = []
-    for rows in _batches(encoded.inputs, batch):
+    _agree_on_padding(network, tokenizer, name)
+    taken = inspect.signature(network.forward).parameters
+
+    def answer(rows: list[dict[str, Any]]) -> ndarray:
         inputs = tokenizer.pad(rows, return_tensors="pt").to(network.device)
-        parts.append(network(**inputs).logits.float().cpu().numpy())
-        report(len(rows))
+        with torch.inference_mode():
+            return network(**{name: inputs[name] for name in inputs if name in taken}).logits.float().cpu().numpy()
+
+    parts: list[ndarray] = []
+    on_cpu = network.device.type == "cpu"
+    with _mapped(torch.get_num_threads() if on_cpu else 1) as mapped:
+        for part in mapped(answer, _batches(encoded.inputs, batch, TOKENS if on_cpu else None)):
+            parts.append(part)
+            report(len(part))
     out = np.empty((len(encoded), parts[0].shape[-1]), dtype=np.float32)
     out[encoded.places] = np.concatenate(parts)
+    if not np.isfinite(out).all():
+        cause = f"answers NaN or infinity to {np.count_nonzero(~np.isfinite(out).all(axis=1))} of {len(out)} examples"
+        raise TaskError(cause, where=name, fix="Its activations overflow: use float32, or merge with smaller weights")
     return out
 
 
-def _batches(rows: Sequence[dict[str, Any]], batch: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), batch):
-        yield list(rows[start : start + batch])
+@contextmanager
+def _mapped(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map`, by workers with one thread each.
+
+    Workers need not wait for each other after every operation, as threads do that share one, and a
+    batch's answers do not depend on how many there are.
+    """
+    if workers == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(workers, "weld", torch.set_num_threads, (1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(workers)
+
+
+def _batches(rows: Sequence[dict[str, Any]], batch: int, tokens: int | None) -> Iterator[list[dict[str, Any]]]:
+    """Rows that are read together, of those with the longest first: not more than some tokens, but always one row."""
+    start = 0
+    while start < len(rows):
+        fitting = batch if tokens is None else max(1, min(batch, tokens // len(rows[start]["input_ids"])))
+        yield list(rows[start : start + fitting])
+        start += fitting
+
+
+def _agree_on_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Decoders look for the last token before the padding, and may know the token that the tokenizer does not name."""
+    known = getattr(network.config, "pad_token_id", None)
+    if tokenizer.pad_token is None and known is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.pad_token is None:
+        fix = "Write `pad_token_id` into config.json, as it was when the head was trained"
+        raise TaskError("neither its tokenizer nor its config.json names a token for padding", where=name, fix=fix)
+    if known is None:
+        network.config.pad_token_id = tokenizer.pad_token_id
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, wanted: int | None) -> int:
@@ -94,10 +150,23 @@ _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer
 
 
 def tokenizer_digest(folder: Path | None) -> str:
-    """Tells tokenizers apart by the files that say which tokens there are."""
+    """Tells tokenizers apart by their files; those that are only written differently, too."""
     digest = hashlib.sha256()
-    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"):
+    for name in _TOKENIZERS:
         if folder is not None and (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-            break
+            digest.update(f"{name}\n".encode() + (folder / name).read_bytes())
     return digest.hexdigest()
+
+
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weldment.evaluation.metrics import LEVEL, METRICS, bootstrap, draws, interval
+from weldment.evaluation.metrics import LEVEL, METRICS, bootstrap, interval
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -25,6 +26,7 @@ class Score:
             only the standard error is known.
         error: the standard error, where there are no samples.
         higher_is_better: false for perplexity.
+        details: what else was found on the same examples, by name.
     """
 
     task: str
@@ -34,6 +36,7 @@ class Score:
     samples: ndarray = field(repr=False, default_factory=lambda: np.empty(0))
     error: float | None = None
     higher_is_better: bool = True
+    details: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def interval(self) -> tuple[float, float]:
@@ -44,16 +47,23 @@ class Score:
             return self.value, self.value
         return self.value - 1.96 * self.error, self.value + 1.96 * self.error
 
+    @property
+    def spread(self) -> float:
+        """The standard error: that of the samples where there are some, else what is known; 0 if nothing is."""
+        kept = self.samples[np.isfinite(self.samples)]
+        return float(kept.std()) if kept.size else self.error or 0.0
+
     def record(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        low, high = self.interval
+        """As JSON-able values; JSON knows no numbers that are not finite, which become None."""
+        value, low, high = (number if math.isfinite(number) else None for number in (self.value, *self.interval))
         return {
             "task": self.task,
             "metric": self.metric,
-            "value": self.value,
+            "value": value,
             "low": low,
             "high": high,
             "examples": self.examples,
+            **self.details,
         }
 
 
@@ -65,7 +75,7 @@ def score(task: str, metric: str, labels: ndarray, predictions: ndarray, seed: i
         seed: of the resamples.
     """
     row = METRICS[metric]
-    samples = bootstrap(row, labels, predictions, draws(len(labels), seed))
+    samples = bootstrap(row, labels, predictions, seed)
     return Score(task, metric, row.of(labels, predictions), len(labels), samples)
 
 
@@ -86,18 +96,18 @@ def average(scores: Sequence[Score]) -> Score:
     values = [score.value for score in scores]
     paired = all(score.samples.size and score.samples.shape == scores[0].samples.shape for score in scores)
     samples = np.mean([score.samples for score in scores], axis=0) if paired and scores else np.empty(0)
-    errors = [score.error for score in scores if score.error is not None]
-    error = float(np.sqrt(np.sum(np.square(errors))) / len(scores)) if errors and not paired else None
-    return Score("average", "", float(np.mean(values)), sum(s.examples for s in scores), samples, error)
+    spread = float(np.sqrt(np.sum(np.square([score.spread for score in scores]))) / len(scores))
+    return Score(
+        "average", "", float(np.mean(values)), sum(s.examples for s in scores), samples, None if paired else spread
+    )
 
 
 def differs(first: Score, second: Score) -> bool:
     """Whether two scores on the same examples differ by more than noise: the difference's interval leaves out 0."""
     if first.samples.size and first.samples.shape == second.samples.shape:
         low, high = interval(first.samples - second.samples, LEVEL)
-        return not low <= 0 <= high
-    spread = 1.96 * float(np.hypot(first.error or 0.0, second.error or 0.0))
-    return abs(first.value - second.value) > spread
+        return low > 0 or high < 0
+    return abs(first.value - second.value) > 1.96 * float(np.hypot(first.spread, second.spread))
 
 
 Scores = Mapping[str, Score]

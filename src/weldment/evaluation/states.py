@@ -22,10 +22,15 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Head:
-    """The tensors that a model has for one task alone, and the configuration they belong to."""
+    """The tensors that a model has for one task alone, and the configuration they belong to.
+
+    Attributes:
+        folder: where the tokenizer of the model lies that they come from, if that is known.
+    """
 
     tensors: Tensors
     config: Mapping[str, Any]
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,11 @@ def load_state(reference: str | Path) -> ModelState:
     Raises:
         CheckpointError: it cannot be opened.
     """
+    from weldment.adapters.opening import open_model
     from weldment.merging import merge_in_memory
 
+    # What is wrong with it is not said to be wrong with a recipe, which the user has not written.
+    open_model(str(reference))
     merged = merge_in_memory({"merge_method": "passthrough", "models": [str(reference)]})
     model = next(iter(merged.plan.models.values()))
     name = "+".join(short_name(part) for part in str(reference).split("+"))
@@ -101,7 +109,8 @@ def _merged_adapter(
 
     with TemporaryDirectory() as scratch:
         out = merge(recipe, Path(scratch) / "adapter", overrides=overrides, seed=seed).path
-        return replace(load_state(f"{base}+{out}"), name=name, heads=stored_heads(out))
+        heads = {head: replace(stored, folder=None) for head, stored in stored_heads(out).items()}
+        return replace(load_state(f"{base}+{out}"), name=name, heads=heads)
 
 
 def stored_heads(root: Path | None) -> dict[str, Head]:
@@ -111,7 +120,7 @@ def stored_heads(root: Path | None) -> dict[str, Head]:
 
 
 def stored_head(path: Path) -> Head:
-    """A head in a file of its own, with the configuration beside it if there is one.
+    """A head in a file of its own, with the configuration beside it if there is one (`NAME.json` or `config.json`).
 
     Raises:
         CheckpointError: the file or the configuration is damaged.
@@ -119,10 +128,11 @@ def stored_head(path: Path) -> Head:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = path.with_suffix(".json")
+    configs = (path.with_suffix(".json"), path.parent / "config.json")
+    config = next((place for place in configs if place.is_file()), None)
     try:
-        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        content = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
-    return Head(tensors, content)
+    return Head(tensors, content, path.parent.parent if path.parent.name == "heads" else None)

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weldment.errors import TaskError
-from weldment.evaluation.metrics import check_metric
-from weldment.evaluation.records import SUFFIXES, Record, number, read_records
+from weldment.evaluation.records import Record, number, read_records
 
 if TYPE_CHECKING:
     import numpy as np
 
 SPLITS = ("train", "validation", "test")
 
-SHAPE = 'It says at least {"labels": ["negative", "positive"], "metric": "accuracy"}; `labels` is null for regression'
+USUAL = {"text": "text", "text_pair": "text_pair", "label": "label"}
+"""The fields of examples. Only the text of a pair may be absent, unless a task says that it is elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Task:
 
         text, pair, label = (self.columns[key] for key in ("text", "text_pair", "label"))
         texts = tuple(_text(record, text) for record in records)
-        has_pairs = pair in records[0].values
+        has_pairs = pair != USUAL["text_pair"] or any(pair in record.values for record in records)
         pairs = tuple(_text(record, pair) for record in records) if has_pairs else None
         labels = [self._label(record, label) for record in records]
         return Split(texts, pairs, np.array(labels, dtype=np.float64 if self.labels is None else np.int64))
 
     def _label(self, record: Record, field: str) -> float:
-        value = _field(record, field)
+        value = field_of(record, field)
         if isinstance(value, str) and value not in (self.labels or ()):
             value = number(value)
         if self.labels is None:
@@ -108,12 +108,18 @@ class Task:
             return float(value)
         if isinstance(value, str) and value in self.labels:
             return self.labels.index(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(self.labels):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or not 0 <= value < len(self.labels):
             fix = (
                 f"Labels are names among {', '.join(self.labels)}, or their positions from 0 to {len(self.labels) - 1}"
             )
             raise TaskError(f"the label {value!r} is not in the task's list", where=record.place, fix=fix)
-        return value
+        return int(value)
+
+
+class TaskWarning(UserWarning):
+    """What users should know about a task before they believe its scores."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class LanguageTask:
 
     Attributes:
         kind: "perplexity" of the text in a file, or a task of lm-evaluation-harness ("lm").
-        source: the file, or the harness's name of the task.
+        source: the file, or the harness's name of the task or a YAML file that describes one.
     """
 
     name: str
@@ -163,10 +169,12 @@ def load_task(given: str | Path) -> AnyTask:
     if colon and kind in ("perplexity", "lm"):
         return _language_task(kind, source)
     path = Path(given).expanduser()
+    from weldment.evaluation.descriptions import task_in_file, task_in_folder
+
     if path.is_dir():
-        return _from_folder(path)
+        return task_in_folder(path)
     if path.is_file():
-        return _from_file(path)
+        return task_in_file(path)
     from weldment.evaluation.hub_datasets import hub_task, is_dataset_id
 
     if is_dataset_id(str(given)):
@@ -180,103 +188,19 @@ def _language_task(kind: str, source: str) -> LanguageTask:
     if not source:
         wanted = "FILE" if kind == "perplexity" else "NAME"
         raise TaskError(f"`{kind}:` names nothing", where="--task", fix=f"Write {kind}:{wanted}")
-    if kind == "perplexity" and not Path(source).expanduser().is_file():
-        raise TaskError("there is no such file", where=source, fix="Give a file of plain text (UTF-8)")
-    return LanguageTask(Path(source).stem if kind == "perplexity" else source, kind, source)
+    is_path = kind == "perplexity" or Path(source).suffix in (".yaml", ".yml")
+    if is_path and not Path(source).expanduser().is_file():
+        fix = "Give a file of plain text (UTF-8)" if kind == "perplexity" else "Give a name, or a file that there is"
+        raise TaskError("there is no such file", where=source, fix=fix)
+    return LanguageTask(Path(source).stem if is_path else source, kind, source)
 
 
-def _from_folder(folder: Path) -> Task:
-    place = folder / "task.json"
-    content = read_description(place)
-    labels, metric = content["labels"], content.get("metric")
-    files: dict[str, Path | HubSplit] = {}
-    if "dataset" in content:
-        names = {split: str(content.get("splits", {}).get(split, split)) for split in SPLITS}
-        files |= {split: HubSplit(content["dataset"], content.get("config"), name) for split, name in names.items()}
-    for split in SPLITS:
-        found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-        if len(found) > 1:
-            raise TaskError(
-                f"has two files of its {split} split: {found[0].name} and {found[1].name}", where=str(folder)
-            )
-        files |= {split: found[0]} if found else {}
-    if not files:
-        fix = f"Add test.jsonl, or another of {', '.join(SUFFIXES)}"
-        raise TaskError("has no examples: no file of a split", where=str(folder), fix=fix)
-    metric = check_metric(metric or default_metric(labels), labels, str(place))
-    columns = _columns(content.get("columns", {}), str(place))
-    name = str(content.get("name") or folder.resolve().name)
-    return Task(name, labels, metric, files, columns, content.get("max_length"))
+def field_of(record: Record, field: str) -> Any:
+    """A field of an example.
 
-
-KEYS = ("name", "labels", "metric", "sizes", "columns", "max_length", "dataset", "config", "splits")
-
-
-def read_description(place: Path) -> dict[str, Any]:
-    """The content of a `task.json`, its labels as a tuple of names or None."""
-    import json
-
-    from weldment.recipe.words import suggestion
-
-    if not place.is_file():
-        raise TaskError("the folder has no task.json", where=str(place.parent), fix=SHAPE)
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TaskError(f"is not JSON: {error}", where=str(place), fix=SHAPE) from error
-    if not isinstance(content, dict) or "labels" not in content:
-        raise TaskError("does not say what the labels are", where=str(place), fix=SHAPE)
-    for key in content:
-        if key not in KEYS:
-            raise TaskError(f"unknown key {key!r}", where=str(place), fix=suggestion(key, KEYS))
-    labels = content["labels"]
-    if labels is not None:
-        if not isinstance(labels, list) or len(labels) < 2 or len(set(map(str, labels))) < len(labels):
-            raise TaskError("`labels` is not a list of at least two different names", where=str(place), fix=SHAPE)
-        content["labels"] = tuple(map(str, labels))
-    length = content.get("max_length")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise TaskError(f"`max_length` is {length!r}", where=str(place), fix="Give a number of tokens")
-    return content
-
-
-def _columns(given: Any, where: str) -> dict[str, str]:
-    usual = {"text": "text", "text_pair": "text_pair", "label": "label"}
-    if not isinstance(given, dict) or not set(given) <= set(usual):
-        fix = 'Write {"text": "sentence1", "text_pair": "sentence2", "label": "label"}'
-        raise TaskError("`columns` says which fields are text, text_pair and label", where=where, fix=fix)
-    return usual | {key: str(value) for key, value in given.items()}
-
-
-def _from_file(path: Path) -> Task:
-    """A task of one file: what its labels are is read from it."""
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise TaskError(
-            "is of a kind that holds no examples", where=str(path), fix=f"Give one of {', '.join(SUFFIXES)}"
-        )
-    values = [_field(record, "label") for record in read_records(path)]
-    if ".csv" in path.suffixes:
-        values = [number(value) for value in values]
-    labels = labels_in(values)
-    return Task(path.name.removesuffix(suffix), labels, default_metric(labels), {"all": path}, _columns({}, str(path)))
-
-
-def labels_in(values: Sequence[Any]) -> tuple[str, ...] | None:
-    """The classes that labels name: sorted names, or numbers from 0 on; None if they are measurements."""
-    if any(isinstance(value, str) for value in values):
-        return tuple(sorted({str(value) for value in values}))
-    if all(isinstance(value, int) and value >= 0 for value in values):
-        return tuple(map(str, range(max(2, 1 + max(map(int, values), default=1)))))
-    return None
-
-
-def default_metric(labels: Sequence[str] | None) -> str:
-    """The metric of a task that names none."""
-    return "pearson" if labels is None else "accuracy"
-
-
-def _field(record: Record, field: str) -> Any:
+    Raises:
+        TaskError: it has none of that name.
+    """
     if field not in record.values:
         there = ", ".join(map(str, record.values))
         raise TaskError(f"the example has no field {field!r}", where=record.place, fix=f"Its fields are: {there}")
@@ -284,7 +208,7 @@ def _field(record: Record, field: str) -> Any:
 
 
 def _text(record: Record, field: str) -> str:
-    value = _field(record, field)
+    value = field_of(record, field)
     if not isinstance(value, str):
         raise TaskError(f"`{field}` is {value!r}, not text", where=record.place)
     return value

@@ -17,11 +17,12 @@ from weldment.planning.layers import depths
 from weldment.planning.misfits import Holder, Misfits
 from weldment.planning.plan import TensorJob
 from weldment.planning.requests import Request
-from weldment.planning.roles import holds_tokens, is_recomputed
+from weldment.planning.roles import holds_tokens, is_count, is_recomputed
 from weldment.planning.sorting import Found, Sorted
 from weldment.recipe import resolve
 
 CONSTANT = "a constant that the model's code computes"
+COUNTED = "counted anew where running statistics are measured anew"
 
 
 @dataclass
@@ -41,7 +42,9 @@ def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Job
     for request in requests:
         holders = _holders(inputs, left, request)
         if _is_constant(request, holders):
-            made.jobs += _constant_jobs(left, request, holders)
+            made.jobs += _constant_jobs(left, request, holders, CONSTANT)
+        elif inputs.recipe.recalibrate is not None and is_count(request.name):
+            made.jobs += _constant_jobs(left, request, holders, COUNTED)
         elif misfits.fits(request.name, holders, inputs.tensors[inputs.reference].get(request.parts[0].tensor)):
             try:
                 made.jobs.append(_job(inputs, request, holders, stacks))
@@ -65,12 +68,12 @@ def _is_constant(request: Request, holders: Sequence[Holder]) -> bool:
     return all(entry is None or is_recomputed(request.name, entry.shape) for _, entry in holders)
 
 
-def _constant_jobs(left: Sorted, request: Request, holders: Sequence[Holder]) -> list[TensorJob]:
+def _constant_jobs(left: Sorted, request: Request, holders: Sequence[Holder], why: str) -> list[TensorJob]:
     """Keep a constant where the base (or the first model) stores it; the others' copies are not needed."""
     model, entry = holders[-1] if request.base is not None else holders[0]
     for other, found in holders:
         if found is not None and found is not entry:
-            left.dropped[other, found.name] = CONSTANT
+            left.dropped[other, found.name] = why
     return [] if entry is None else [copy_job(Found(model, request.name, entry))]
 
 

@@ -141,6 +141,7 @@ class Plan:
             "files": [[file.name, file.size] for file in self.layout.files],
             "config": self.config,
             "stages": [stage.hash for stage in self.stages],
+            **({"recalibrate": self.recipe.recalibrate} if self.recipe.recalibrate is not None else {}),
         }
         text = json.dumps(record, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

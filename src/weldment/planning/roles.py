@@ -28,6 +28,19 @@ _RECOMPUTED = re.compile(
 )
 
 
+_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running statistic of batch normalisation."""
+    return _STATISTIC.search(name) is not None
+
+
+def is_count(name: str) -> bool:
+    """Whether a tensor counts the batches that running statistics were measured on."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
 def is_recomputed(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a constant that the model's code computes itself (positions, masks, frequencies)."""
     return bool(_RECOMPUTED.search(name)) and not (name.endswith(".bias") and len(shape) < 3)

@@ -16,6 +16,7 @@ from weldment.planning.build import build_plan, head_file, layout_of
 from weldment.planning.jobs import head_name_of
 from weldment.planning.ledger import narrowed
 from weldment.planning.plan import Plan, TensorJob
+from weldment.planning.recalibration import with_recalibration
 from weldment.recipe import Recipe
 
 _ONE_FILE = 1 << 62
@@ -49,9 +50,9 @@ def plan_merges(
     for recipe in recipes[:-1]:
         stages[str(recipe.name)] = _plan_one(recipe, models, stages, _ONE_FILE)
     final = _plan_one(recipes[-1], models, stages, shard_bytes)
-    if not stages:
-        return final
-    return _assembled(final, list(stages.values()), shard_bytes)
+    if stages:
+        final = _assembled(final, list(stages.values()), shard_bytes)
+    return with_recalibration(final, recipes[:-1])
 
 
 def _plan_one(recipe: Recipe, models: Mapping[str, Checkpoint], stages: Mapping[str, Plan], shard_bytes: int) -> Plan:

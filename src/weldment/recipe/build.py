@@ -105,6 +105,7 @@ class _Builder:
             rank=section.rank,
             layer_scale=section.layer_scale and LayerScale(section.layer_scale.first, section.layer_scale.last),
             subspace_boost=section.subspace_boost,
+            recalibrate=section.recalibrate,
             heads=section.heads,
             take=section.take,
             drop=section.drop,

@@ -94,6 +94,8 @@ class Recipe:
         rank: of the merged adapter: a number, "auto" (by energy) or "full"; None for the largest of the adapters.
         combination: the call of PEFT's that the recipe is, or None.
         layer_scale, subspace_boost: what is done to the merged change after the method; None for nothing.
+        recalibrate: a folder of unlabelled inputs, on which running statistics of batch normalisation are measured
+            anew; None where they are merged as they are.
         save_path: the output folder, where the recipe names one and the user none.
         notes: what was accepted but has no effect, one sentence each.
         source: the recipe's YAML mapping after overrides, as the user wrote it.
@@ -120,6 +122,7 @@ class Recipe:
     combination: Combination | None = None
     layer_scale: LayerScale | None = None
     subspace_boost: float | None = None
+    recalibrate: str | None = None
     save_path: str | None = None
     notes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -183,4 +186,5 @@ def canonical(recipe: Recipe) -> dict[str, Any]:
         "combination": None if recipe.combination is None else asdict(recipe.combination),
         "layer_scale": None if recipe.layer_scale is None else asdict(recipe.layer_scale),
         "subspace_boost": recipe.subspace_boost,
+        "recalibrate": recipe.recalibrate,
     }

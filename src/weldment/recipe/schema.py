@@ -269,6 +269,7 @@ class RecipeSection(_Section):
     drop: Patterns = ()
     layer_scale: LayerScaleSection | None = None
     subspace_boost: Annotated[float | None, _number(_BOOST)] = None
+    recalibrate: Text = None
 
 
 Whole = TypeVar("Whole", bound=RecipeSection)

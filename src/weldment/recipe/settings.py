@@ -137,6 +137,8 @@ class _Reader:
     def _condition(self, entry: object, place: Place) -> dict[str, Any]:
         if not isinstance(entry, Mapping):
             return self._refuse(place, f"{shown(entry)} stands among conditions", "Write it as {value: ...}")
+        if entry.keys() & {"search", "choices"}:
+            return self._refuse(place, "a mark stands here, of which a search makes a value", "Run `weld search`")
         for key in entry.keys() - {"filter", "value"}:
             self._refuse(place.at(key), f"there is no key `{key}`", suggestion(key, ("filter", "value")))
         pattern = entry.get("filter")

@@ -33,6 +33,8 @@ def model_card(plan: Plan) -> str:
         sections.append(f"Method: {method.paper}" + (f" ([paper]({method.url}))." if method.url else "."))
     if plan.recipe.is_finished:
         sections.append(f"Post-processing: {'; then '.join(_finish(plan.recipe))}.")
+    if plan.recipe.recalibrate is not None:
+        sections.append("Running statistics of batch normalisation were measured anew on unlabelled inputs.")
     if plan.recipe.base_model:
         sections.append(f"Base: {_link(plan, plan.recipe.base_model)}")
     sections.append("Models:\n\n" + "\n".join(f"- {_link(plan, expert)}" for expert in experts))
@@ -69,7 +71,8 @@ def _public_names(plan: Plan) -> dict[str, str]:
     """The folders that the recipe names by absolute paths, which are nobody's business, and their last parts."""
     plans = (plan, *plan.stages)
     named = [reference for each in plans for reference in each.models]
-    named += [each.recipe.save_path.strip().rstrip("/") for each in plans if each.recipe.save_path is not None]
+    own = [folder for each in plans for folder in (each.recipe.save_path, each.recipe.recalibrate)]
+    named += [folder.strip().rstrip("/") for folder in own if folder is not None]
     return {text: Path(text).name for text in named if Path(text).expanduser().is_absolute()}
 
 

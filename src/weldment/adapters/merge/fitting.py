@@ -34,7 +34,7 @@ def _check_keys(inputs: AdapterInputs) -> None:
         fix = "Use `models`; layers of full models can be assembled with adapters in them, named base+adapter"
         inputs.problem("adapters cannot be cut into slices of layers", fix, "slices")
     source = recipe.source
-    for key in ("tokenizer", "tokenizer_source", "chat_template", "layer_scale", "subspace_boost"):
+    for key in ("tokenizer", "tokenizer_source", "chat_template", "layer_scale", "subspace_boost", "recalibrate"):
         if source.get(key) is not None:
             fix = "Remove it, or merge into the base with `output: model`"
             inputs.problem(f"`{key}` has no meaning for a merge of adapters to an adapter", fix, key)
