@@ -37,7 +37,7 @@ main(sys.argv[1:])
 
 def peak(folder: Path, *options: str) -> int:
     """The most memory a merge takes."""
-    command = [sys.executable, "-c", MERGE, "merge", "r.yml", "out", "--overwrite", "--threads", "8", *options]
+    command = [sys.executable, "-c", MERGE, "merge", "r.yml", "out", "--overwrite", "--threads", "6", *options]
     merge = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     most = 0
     while merge.poll() is None:

@@ -105,7 +105,8 @@ def average(scores: Sequence[Score]) -> Score:
 def differs(first: Score, second: Score) -> bool:
     """Whether two scores on the same examples differ by more than noise: the difference's interval leaves out 0."""
     if first.samples.size and first.samples.shape == second.samples.shape:
-        low, high = interval(first.samples - second.samples, LEVEL)
+        with np.errstate(invalid="ignore"):  # a resample in which an expert scores 0 has no percentage
+            low, high = interval(first.samples - second.samples, LEVEL)
         return low > 0 or high < 0
     return abs(first.value - second.value) > 1.96 * float(np.hypot(first.spread, second.spread))
 
