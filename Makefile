@@ -20,7 +20,7 @@ demo: setup  ## train four small experts, merge them by five methods, compare (a
 	$(BIN)/python examples/digits/demo.py
 
 test: setup  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup  ## check style, format and types
 	$(BIN)/ruff check .

@@ -298,7 +298,11 @@ def test_labels_of_regressions_are_numbers(label: str, tmp_path: Path) -> None:
             "cannot be read: Compressed file ended",
         ),
         ("test.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
-        ("test.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 30, "cannot be read: Error -3 while decompressing"),
+        (
+            "test.jsonl.gz",
+            gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 30,
+            "cannot be read: Error -3 while decompressing",
+        ),
         ("test.csv", b"text,label\na,0\nb\n", "line 3: has not as many cells as the first line (2). Put cells with"),
         (
             "test.csv",
