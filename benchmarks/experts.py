@@ -41,6 +41,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "dare_ties": {"density": 0.5},
     "della_linear": {"density": 0.5, "epsilon": 0.2},
     "della": {"density": 0.5, "epsilon": 0.2},
+    "breadcrumbs": {"density": 0.9, "gamma": 0.01},
+    "breadcrumbs_ties": {"density": 0.9, "gamma": 0.01},
     "sce": {"select_topk": 0.2},
     "drm": {"direction": "vertical", "singular_matrices_drop_rate": 0.5},
     "knots_ties": {"density": 0.2},
