@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weldment.cli.eval import (
+    BaseOption,
     BatchOption,
     EvalDeviceOption,
     EvalDtypeOption,
+    ExpertOption,
     HeadOption,
     LengthOption,
     LimitOption,
@@ -29,20 +31,8 @@ if TYPE_CHECKING:
 def command(
     recipe: Annotated[list[str], typer.Argument(metavar="RECIPE", help="Recipes, YAML files.", show_default=False)],
     task: TaskOption,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The model that the experts were fine-tuned from.",
-            show_default="what the recipes say",
-        ),
-    ] = None,
-    expert: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TASK=MODEL", help="The expert of a task; by default the one whose name is that of the task."
-        ),
-    ] = [],  # noqa: B006  (typer copies it)
+    base: BaseOption = None,
+    expert: ExpertOption = [],  # noqa: B006  (typer copies it)
     head: HeadOption = [],  # noqa: B006  (typer copies it)
     seeds: Annotated[int, typer.Option(help="How often merges with random masks are made, each with its seed.")] = 1,
     split: SplitOption = "test",
@@ -68,6 +58,7 @@ def command(
 
     The recipes are merged in memory; the baselines are the base, the plain average and task arithmetic.
     """
+    from weldment.cli.console import has_colors
     from weldment.cli.scoring import parse_heads, scoring
     from weldment.engine.memory import pick_device
     from weldment.evaluation import saving, tables
@@ -97,7 +88,7 @@ def command(
             recalibrate=recalibrate,
         )
     written = [] if out is None else saving.save(found, out)
-    typer.echo(saving.as_json(found) if as_json else tables.as_text(found, color=_has_colors()), nl=not as_json)
+    typer.echo(saving.as_json(found) if as_json else tables.as_text(found, color=has_colors()), nl=not as_json)
     if written and not quiet:
         typer.echo(f"saved {', '.join(path.name for path in written)} in {out}", err=True)
 
@@ -118,9 +109,3 @@ def _speaker(quiet: bool) -> Callable[[Row], None]:
             typer.echo(f"{row.name}: {scores or 'no task'}", err=True)
 
     return say
-
-
-def _has_colors() -> bool:
-    import os
-
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

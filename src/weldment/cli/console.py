@@ -98,6 +98,11 @@ def styled(text: str, **style: Any) -> str:
     return text if os.environ.get("NO_COLOR") else typer.style(text, **style)
 
 
+def has_colors() -> bool:
+    """Whether tables on standard output may have colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def complain(error: WeldmentError) -> None:
     """Print an error to standard error: place, cause, fix."""
     place = styled(f"{error.where}: ", bold=True) if error.where else ""

@@ -47,6 +47,18 @@ RecalibrateOption = Annotated[
 EvalDtypeOption = Annotated[
     str, typer.Option(help="Arithmetic: float32, bfloat16, or auto for bfloat16 where the processor has it.")
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model that the experts were fine-tuned from.",
+        show_default="what the recipes say",
+    ),
+]
+ExpertOption = Annotated[
+    list[str],
+    typer.Option(metavar="TASK=MODEL", help="The expert of a task; by default the one whose name is that of the task."),
+]
 
 
 def command(

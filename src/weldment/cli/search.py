@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weldment.cli.eval import (
+    BaseOption,
     BatchOption,
     EvalDeviceOption,
     EvalDtypeOption,
+    ExpertOption,
     HeadOption,
     LengthOption,
     LimitOption,
@@ -36,19 +38,6 @@ StorageOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Where the best recipe is written.", show_default="RECIPE.best.yml"),
-]
-
-BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="The model that the experts were fine-tuned from.",
-        show_default="what the recipe says",
-    ),
-]
-ExpertOption = Annotated[
-    list[str],
-    typer.Option(metavar="TASK=MODEL", help="The expert of a task; by default the one whose name is that of the task."),
 ]
 
 
@@ -149,15 +138,12 @@ def _line(trial: Trial, best: Trial | None, goal: Goal) -> str:
 
 def _show(result: SearchResult) -> None:
     """The table on the test split, and the best point."""
-    import os
-    import sys
-
-    from weldment.cli.console import plural
+    from weldment.cli.console import has_colors, plural
     from weldment.evaluation.search_space import point
     from weldment.evaluation.tables import as_text
 
     best, table = result.best, result.comparison
-    typer.echo(as_text(table, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    typer.echo(as_text(table, color=has_colors()))
     number = f"trial {best.number} of {plural(len(result.trials), 'trial')}"
     typer.echo(f"best: {number}, {point(best.values)}; on validation {result.goal.shown(best.value or 0.0)}")
     if result.settings.out is not None:

@@ -12,11 +12,11 @@ from weldment.adapters.opening import open_model
 from weldment.errors import TaskError, UserError
 from weldment.evaluation.digests import model_digest
 from weldment.evaluation.evaluate import Evaluator, Options, Report
-from weldment.evaluation.heads import load_head
+from weldment.evaluation.heads import load_head, load_heads
 from weldment.evaluation.lineup import BASE, Entry, Lineup, line_up, plan_all
 from weldment.evaluation.rows import Comparison, Kind, Row, mean_row, score_row
 from weldment.evaluation.states import Head, ModelState, load_state, merged_state
-from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_task
+from weldment.evaluation.tasks import AnyTask, Task, load_tasks
 from weldment.evaluation.tokenizers import refuse_different
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def compare(
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, not {seeds}", where="--seeds")
-    loaded = [task if isinstance(task, (Task, LanguageTask)) else load_task(task) for task in tasks]
-    given = {name: load_head(place) for name, place in (heads or {}).items()}
+    loaded = load_tasks(tasks)
+    given = load_heads(heads)
     evaluator = Evaluator(loaded, Options(**options), given, report)
     lineup = line_up(recipes, [task.name for task in loaded], base=base, experts=experts or {})
     return _Comparing(evaluator, lineup, seeds, report, finished).run()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weldment.errors import TaskError, UserError
-from weldment.evaluation.heads import Heads, answers, choose_head, load_head
+from weldment.evaluation.heads import Heads, answers, choose_head, load_heads
 from weldment.evaluation.scores import Score, score
 from weldment.evaluation.states import ModelState, load_state
-from weldment.evaluation.tasks import SPLITS, AnyTask, LanguageTask, Split, Task, load_task
+from weldment.evaluation.tasks import SPLITS, AnyTask, LanguageTask, Split, Task, load_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,8 +184,8 @@ def evaluate(
     Raises:
         UserError: the model, a task or a head is at fault.
     """
-    loaded = [task if isinstance(task, (Task, LanguageTask)) else load_task(task) for task in tasks]
-    given = {name: load_head(place) for name, place in (heads or {}).items()}
+    loaded = load_tasks(tasks)
+    given = load_heads(heads)
     evaluator = Evaluator(loaded, Options(**options), given, report)
     state = model if isinstance(model, ModelState) else load_state(model)
     return evaluator.scores(state)

@@ -61,6 +61,15 @@ def load_head(given: str | Path) -> Head:
     return head
 
 
+def load_heads(given: Mapping[str, str | Path] | None) -> dict[str, Head]:
+    """Heads that are stored, by the names of their tasks.
+
+    Raises:
+        TaskError: one is not there.
+    """
+    return {task: load_head(place) for task, place in (given or {}).items()}
+
+
 def _of_file(path: Path) -> ModelState:
     """A file of a model in its folder."""
     stored = stored_head(path)

@@ -205,11 +205,10 @@ def classifier_class(config: PretrainedConfig, name: str) -> Any:
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES
 
-    try:
-        return CLASSES[type(config)]
-    except KeyError as error:
-        cause = f"transformers has no classifier for models of the type {config.model_type!r}"
-        raise TaskError(cause, where=name, fix="Evaluate it by perplexity:FILE or by tasks of lm:NAME") from error
+    cause = f"transformers has no classifier for models of the type {config.model_type!r}"
+    return _class_in(
+        CLASSES, config, TaskError(cause, where=name, fix="Evaluate it by perplexity:FILE or by tasks of lm:NAME")
+    )
 
 
 def writer_class(config: PretrainedConfig, name: str) -> Any:
@@ -220,11 +219,15 @@ def writer_class(config: PretrainedConfig, name: str) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CLASSES
 
+    cause = f"models of the type {config.model_type!r} do not write text"
+    return _class_in(CLASSES, config, TaskError(cause, where=name, fix="Evaluate it on task folders"))
+
+
+def _class_in(classes: Any, config: PretrainedConfig, missing: TaskError) -> Any:
     try:
-        return CLASSES[type(config)]
+        return classes[type(config)]
     except KeyError as error:
-        cause = f"models of the type {config.model_type!r} do not write text"
-        raise TaskError(cause, where=name, fix="Evaluate it on task folders") from error
+        raise missing from error
 
 
 def tokenizer_of(state: ModelState) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weldment.errors import MergeError, UserError
 from weldment.evaluation.compare import check_comparison, compare
 from weldment.evaluation.evaluate import Evaluator, Options, Report
-from weldment.evaluation.heads import choose_head, load_head
+from weldment.evaluation.heads import choose_head, load_heads
 from weldment.evaluation.lineup import Lineup, line_up
 from weldment.evaluation.scores import Score
 from weldment.evaluation.search_result import (
@@ -35,7 +35,7 @@ from weldment.evaluation.search_space import Space, load_space, point
 from weldment.evaluation.search_study import digest, open_study
 from weldment.evaluation.search_trials import Goal, Runner, Trial, best_of, finished
 from weldment.evaluation.states import Head, load_state, short_name
-from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_task
+from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_tasks
 
 if TYPE_CHECKING:
     from weldment.merging import RecipeSource
@@ -127,8 +127,8 @@ def _evaluator(
     if "split" in options:
         fix = "Give tasks that have a validation split and a test split"
         raise UserError("a search chooses on validation and reports on test; there is no split to give", fix=fix)
-    loaded = [task if isinstance(task, (Task, LanguageTask)) else load_task(task) for task in tasks]
-    given = {name: load_head(place) for name, place in heads.items()}
+    loaded = load_tasks(tasks)
+    given = load_heads(heads)
     return Evaluator(loaded, Options(**options, split="validation"), given, report)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from weldment.errors import MergeError
@@ -15,7 +15,7 @@ from weldment.evaluation.scores import Score, normalised
 from weldment.evaluation.search_samplers import distributions
 from weldment.evaluation.search_space import Space
 from weldment.evaluation.search_study import FAILURE, storage_errors
-from weldment.evaluation.states import Head, ModelState, merged_state
+from weldment.evaluation.states import ModelState, merged_state
 
 if TYPE_CHECKING:
     import optuna
@@ -105,7 +105,6 @@ class Runner:
     heads: Heads
     storage: str
     told: Told = lambda trial, best, goal: None
-    _kept: dict[str, Head] = field(default_factory=dict, init=False)
 
     def run(self, trials: int, timeout: float | None, is_asked_to_stop: Callable[[], bool]) -> None:
         """Trials until there are so many in all, the time is over, or somebody asks to stop.
@@ -153,7 +152,7 @@ class Runner:
             asked.set_user_attr(SCORES, dict(known.scores))
             return known.value
         state = merged_state(self.space.filled(values), f"trial {asked.number}")
-        return self._scored(asked, replace(state, heads=self._reused(state.heads)))
+        return self._scored(asked, state)
 
     def _scored(self, asked: optuna.Trial, state: ModelState) -> float | None:
         tasks, parts = self.evaluator.tasks, []
@@ -178,19 +177,6 @@ class Runner:
         """A complete trial of the same point, whose value needs no second calculation."""
         done = finished(self.study, self.space)
         return next((trial for trial in done if trial.state == "complete" and trial.values == values), None)
-
-    def _reused(self, heads: Heads) -> dict[str, Head]:
-        """The heads, those that an earlier merge kept too as the same objects: each has a network of its own."""
-        for name, head in heads.items():
-            if name not in self._kept or not _are_equal(self._kept[name], head):
-                self._kept[name] = head
-        return {name: self._kept[name] for name in heads}
-
-
-def _are_equal(first: Head, second: Head) -> bool:
-    if first.config != second.config or first.tensors.keys() != second.tensors.keys():
-        return False
-    return all(tensor.equal(second.tensors[name]) for name, tensor in first.tensors.items())
 
 
 def finished(study: optuna.Study, space: Space) -> list[Trial]:

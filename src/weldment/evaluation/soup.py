@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weldment.errors import UserError
 from weldment.evaluation.evaluate import Evaluator, Options, Report
-from weldment.evaluation.heads import Heads, load_head
+from weldment.evaluation.heads import Heads, load_heads
 from weldment.evaluation.running_mean import RunningMean
 from weldment.evaluation.scores import Score, Scores, average
 from weldment.evaluation.soup_inputs import checked_models, checked_tasks, names_of
@@ -135,7 +135,7 @@ def soup(
     references = checked_models([str(model) for model in models])
     loaded = checked_tasks(tasks)
     check_target(Path(out), recipe_of(references), checked_plan(references).models, overwrite=overwrite)
-    given = {name: load_head(place) for name, place in (heads or {}).items()}
+    given = load_heads(heads)
     settings = Options(**options, split="validation")
     chosen = _chosen(references, Evaluator(loaded, settings, given, report), how, trials, told)
     recipe = recipe_of(chosen.soup.weights)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weldment.errors import TaskError
 from weldment.evaluation.states import short_name
-from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_task
+from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_tasks
 from weldment.merging import open_models, recognised
 from weldment.recipe import load_recipes
 
@@ -85,7 +85,7 @@ def checked_tasks(tasks: Iterable[str | Path | AnyTask]) -> list[Task]:
     Raises:
         TaskError: one has no validation split, or examples are not as they must be.
     """
-    loaded = [task if isinstance(task, (Task, LanguageTask)) else load_task(task) for task in tasks]
+    loaded = load_tasks(tasks)
     for task in loaded:
         if isinstance(task, LanguageTask) or "validation" not in task.files:
             fix = "Soups are chosen by one: add validation.jsonl to the task's folder"

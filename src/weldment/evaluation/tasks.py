@@ -14,7 +14,7 @@ numbers to be predicted (regression).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,15 @@ def load_task(given: str | Path) -> AnyTask:
     raise TaskError(
         "there is no such task", where=str(given), fix="Give a task folder, a file of examples, or org/name"
     )
+
+
+def load_tasks(given: Iterable[str | Path | AnyTask]) -> list[AnyTask]:
+    """Tasks, those loaded that are not yet.
+
+    Raises:
+        TaskError: one is not there, or its description is wrong.
+    """
+    return [task if isinstance(task, (Task, LanguageTask)) else load_task(task) for task in given]
 
 
 def _language_task(kind: str, source: str) -> LanguageTask:
