@@ -25,6 +25,7 @@ _STEPS = "▁▂▃▄▅▆▇█"
 _DEPTHS = 32
 """Layers that are shown one by one; of deeper networks, neighbours are averaged."""
 
+_HEADS = {"tied": "tied head", "untied": "head of its own", "unknown": "no head stored"}
 _COLOURS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 
 
@@ -54,7 +55,7 @@ def _facts(facts: Facts, width: int) -> list[str]:
     layers = ", ".join(f"{number} x {stack}" for stack, number in facts.layers.items())
     parts = [facts.kind or "architecture unknown", f"{count(facts.parameters)} parameters", dtypes, size(facts.nbytes)]
     parts += [layers] if layers else []
-    parts += [f"head {facts.head}"] if facts.head != "none" else []
+    parts += [_HEADS[facts.head]] if facts.head in _HEADS else []
     if facts.rows is not None:
         tokens = "no tokenizer" if facts.tokens is None else plural(len(facts.tokens.vocabulary), "token")
         parts.append(f"{tokens}, {facts.rows} rows")
@@ -67,19 +68,22 @@ def _findings(findings: Sequence[Finding], width: int) -> Iterator[str]:
     if not findings:
         yield styled("nothing to say: no problem, no warning", fg="green")
         return
-    subjects: dict[tuple[str, str], list[str]] = {}
+    subjects: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for finding in findings:
         text = f"{finding.text}. {finding.advice}" if finding.advice else finding.text
-        subjects.setdefault((finding.level, text), []).append(finding.subject)
-    names = short_names([*dict.fromkeys(finding.subject for finding in findings if finding.subject), ""])
-    rows = [
-        (level, ", ".join(names[name] for name in about if name) + (": " if any(about) else "") + text)
-        for (level, text), about in subjects.items()
-    ]
+        subjects.setdefault((finding.level, text), []).append((finding.subject, finding.other))
+    names = short_names({name: None for finding in findings for name in (finding.subject, finding.other)})
+    rows = [(level, f"{_about(about, names)}{text}") for (level, text), about in subjects.items()]
     wide = max(len(level) for level, _ in rows)
     for line in columns(rows, width):
         level = line[:wide].strip()
         yield styled(line[:wide], fg=_COLOURS[level], bold=level == "problem") + line[wide:] if level else line
+
+
+def _about(pairs: Sequence[tuple[str, str]], names: Mapping[str, str]) -> str:
+    """`a, b: ` or `a and b: `; nothing for what is true of all."""
+    parts = [" and ".join(names[name] for name in pair if name) for pair in pairs]
+    return f"{', '.join(parts)}: " if any(parts) else ""
 
 
 def _comparison(comparison: Comparison) -> Iterator[str]:

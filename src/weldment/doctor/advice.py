@@ -99,11 +99,12 @@ def advise(
 
 
 def _members(comparison: Comparison, findings: Sequence[Finding]) -> list[int]:
-    """The experts that can be merged."""
+    """The experts that can be merged; none if a better recipe needs one more word from the user."""
     broken = {finding.subject for finding in findings if finding.code == "non-finite"}
     whole = any(finding.level == "problem" and finding.code in ("architecture", "config") for finding in findings)
     apart = comparison.base is None and any(f.level == "problem" and f.code == "another-base" for f in findings)
-    if whole or apart:
+    guessed = any(finding.code == "base-guess" for finding in findings)
+    if whole or apart or guessed:
         return []
     return [
         number

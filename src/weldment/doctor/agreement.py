@@ -190,7 +190,7 @@ def compare(
     """
     count, pivot = len(references), base or 0
     joint = [tensor for tensor in numbers if len(tensor.members) > 1]
-    parts = {group: [t for t in joint if t.joint.group == group] for group in GROUPS}
+    parts: dict[Group, list[Numbers]] = {group: [t for t in joint if t.joint.group == group] for group in GROUPS}
     inner = [t for t in joint if t.joint.is_matrix and t.joint.group in ("attention", "mlp", "other")]
     return Comparison(
         tuple(references),

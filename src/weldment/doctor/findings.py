@@ -18,10 +18,11 @@ class Finding:
     Attributes:
         level: "problem": broken, or cannot be merged; "warning": will probably disappoint; "note": good to know.
         code: the kind of finding, the same in every version.
-        subject: the model it is about, or several; "" for all.
+        subject: the model it is about; "" for all.
         text: a sentence without a full stop, with the numbers that it rests on.
         advice: what to do, or "".
         evidence: the numbers, for programs.
+        other: where it is about two models, the second.
     """
 
     level: Level
@@ -30,13 +31,14 @@ class Finding:
     text: str
     advice: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
+    other: str = ""
 
     def record(self) -> dict[str, Any]:
         """As JSON-able data."""
         return {
             "level": self.level,
             "code": self.code,
-            "subject": self.subject,
+            "models": [name for name in (self.subject, self.other) if name],
             "text": self.text,
             "advice": self.advice,
             "evidence": self.evidence,

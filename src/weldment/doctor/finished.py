@@ -192,17 +192,23 @@ def _same(numbers: Sequence[Numbers], number: int) -> tuple[str, ...]:
 
 
 def _copies(merge: Finished) -> Iterator[Finding]:
+    """Tensors that are one parent's; those that no parent differs in are said once."""
     out = merge.references[0]
+    everywhere = set.intersection(*map(set, merge.same.values())) if merge.same else set()
     for number, names in merge.same.items():
         parent, count = merge.references[number], merge.tensors[number]
-        evidence = {"parent": parent, "tensors": list(names), "compared": count}
+        own = [name for name in names if name not in everywhere or len(merge.same) == 1]
+        evidence = {"parent": parent, "tensors": own, "compared": count}
         if count and len(names) == count:
             text = f"is {parent}: none of {count} tensors differs in what was read"
             advice = "The merge did nothing: look at its weights, and whether the models differ at all"
             yield Finding("warning", "like-parent", out, text, advice, evidence)
-        elif names:
-            text = f"{len(names)} of {count} tensors are those of {parent}: {few(names)}"
+        elif own:
+            text = f"{len(own)} of {count} tensors are those of {parent}: {few(own)}"
             yield Finding("note", "same-tensors", out, text, evidence=evidence)
+    if everywhere and len(merge.same) > 1:
+        text = f"{len(everywhere)} tensors are the same in it and all that it was made of: {few(sorted(everywhere))}"
+        yield Finding("note", "shared-tensors", out, text, evidence={"tensors": sorted(everywhere)})
 
 
 def _collapsed(cases: Cases, numbers: Sequence[Numbers]) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from weldment.doctor.agreement import Comparison, known
 from weldment.doctor.findings import Finding, few
@@ -35,9 +35,9 @@ ALIKE = 0.6
 AGAINST = -0.1
 """Cosine below which changes undo each other; of independent ones it is within 0.01 of 0 in large models."""
 
-LOW_RANK = 0.25
-"""Share of the singular values that hold nine tenths of a change: random changes need 0.8, full fine-tuning 0.4
-and more, adapters their rank over the width."""
+LOW_RANK = 0.08
+"""Share of the singular values that hold nine tenths of a change: random changes need 0.8, full fine-tuning of small
+encoders 0.11 to 0.25, their adapters of rank 16 needed 0.02."""
 
 MOSTLY_UNCHANGED = 0.1
 """Share of unchanged tensors that is worth a word: frozen parts, or few layers trained."""
@@ -50,11 +50,19 @@ expert share that expert's own change, and have a cosine of about 0.7.
 """
 
 
-def relate(comparison: Comparison) -> list[Finding]:
-    """What can be said of models, with a base or without."""
+def relate(comparison: Comparison, adapters: Collection[int] = ()) -> list[Finding]:
+    """What can be said of models, with a base or without.
+
+    Args:
+        adapters: numbers of the models that are adapters, of which few directions and tensors are no news.
+    """
     if comparison.base is None:
-        return [*_unrelated_pairs(comparison), *_guess(comparison), *_without_base(comparison)]
+        guess = list(_guess(comparison))
+        return [*_unrelated_pairs(comparison), *(guess or _without_base())]
     found = [finding for number in comparison.experts for finding in _against_base(comparison, number)]
+    for number in comparison.experts:
+        if number not in adapters and number in merged(comparison):
+            found += _kind(comparison, number)
     return [*found, *_uneven(comparison), *_pairs(comparison)]
 
 
@@ -92,24 +100,25 @@ def _against_base(comparison: Comparison, number: int) -> Iterator[Finding]:
     else:
         text = f"shares the base, by my guess: {numbers}"
         yield Finding("note", "shared-base", name, text, evidence=evidence)
-        yield from _size_and_kind(comparison, number)
-
-
-def _size_and_kind(comparison: Comparison, number: int) -> Iterator[Finding]:
-    """Of one expert that shares the base."""
-    name, size = comparison.name(number), comparison.whole.relative(number)
-    if size >= LARGE:
+    if size >= LARGE and cosine >= RELATED:
         text = f"is far from the base: its change is {size:.0%} of the base's norm"
         advice = "Give it a weight below 1, and compare the result with it"
-        yield Finding("warning", "large-change", name, text, advice, {"relative_change": known(size)})
+        yield Finding("warning", "large-change", name, text, advice, evidence)
+
+
+def _kind(comparison: Comparison, number: int) -> Iterator[Finding]:
+    """Whether an expert was trained in parts or as an adapter."""
+    name = comparison.name(number)
     same = comparison.unchanged.get(number, 0.0)
     if same >= MOSTLY_UNCHANGED:
         text = f"{same:.0%} of its tensors are the base's, unchanged in what was read"
         yield Finding("note", "unchanged-tensors", name, text, evidence={"share": known(same)})
     rank = comparison.ranks.get(number, math.nan)
     if rank <= LOW_RANK:
-        text = f"its change is of low rank: {rank:.0%} of the singular values hold nine tenths of it"
-        advice = "It was probably trained as an adapter; `weld extract` makes one of it again"
+        text = (
+            f"its change is of low rank, as an adapter's is: {rank:.0%} of the singular values hold nine tenths of it"
+        )
+        advice = "`weld extract` may make a small adapter of it"
         yield Finding("note", "low-rank", name, text, advice, {"rank_share": known(rank)})
 
 
@@ -140,41 +149,59 @@ def _pairs(comparison: Comparison) -> Iterator[Finding]:
         if not {one, other} <= able or math.isnan(cosine):
             continue
         agreement = comparison.whole.sign_agreement(one, other)
-        names = f"{comparison.name(one)} and {comparison.name(other)}"
+        name, second = comparison.name(one), comparison.name(other)
         evidence = {"change_cosine": known(cosine), "sign_agreement": known(agreement)}
         numbers = f"cosine of their changes {cosine:.2f}, signs agree on {agreement:.0%} of what both change"
         if cosine >= SAME:
-            yield Finding("warning", "same-change", names, f"are the same model: {numbers}", "Leave one out", evidence)
+            yield Finding(
+                "warning",
+                "same-change",
+                name,
+                f"are the same model: {numbers}",
+                "Leave one out",
+                evidence,
+                other=second,
+            )
         elif cosine >= ALIKE:
             text = f"change the base alike, as runs of one training do: {numbers}"
-            yield Finding("note", "alike", names, text, evidence=evidence)
+            yield Finding("note", "alike", name, text, evidence=evidence, other=second)
         elif cosine <= AGAINST:
             text = f"undo each other's changes: {numbers}"
             advice = "A sum loses both: prefer a method that elects signs (ties), and smaller weights"
-            yield Finding("warning", "opposed", names, text, advice, evidence)
+            yield Finding("warning", "opposed", name, text, advice, evidence, other=second)
 
 
 def _unrelated_pairs(comparison: Comparison) -> Iterator[Finding]:
     for one, other in comparison.pairs:
         cosine = comparison.matrices.weight_cosine(one, other)
-        names = f"{comparison.name(one)} and {comparison.name(other)}"
+        name, second = comparison.name(one), comparison.name(other)
         evidence = {"weight_cosine": known(cosine)}
         if math.isnan(cosine):
             text = "have no floating-point matrix in common: nothing can be compared"
-            yield Finding("problem", "nothing-in-common", names, text)
+            yield Finding("problem", "nothing-in-common", name, text, other=second)
         elif cosine < UNRELATED:
             text = f"do not share a base, by my guess: their matrices have cosine {cosine:.2f}"
-            yield Finding("problem", "another-base", names, text, "Merge models of one base", evidence)
+            yield Finding("problem", "another-base", name, text, "Merge models of one base", evidence, other=second)
         elif cosine < RELATED:
             text = f"may not share a base: their matrices have cosine {cosine:.2f}"
-            yield Finding("warning", "unclear-base", names, text, "Name the base with --base to know more", evidence)
+            yield Finding(
+                "warning", "unclear-base", name, text, "Name the base with --base to know more", evidence, other=second
+            )
         elif (
             cosine >= 1.0 - 1e-12 and comparison.matrices.changes[one, one] == comparison.matrices.changes[other, other]
         ):
-            continue
+            text = "are the same model in all that was read"
+            yield Finding("warning", "same-change", name, text, "Leave one out", evidence, second)
         else:
             text = f"share a base, by my guess: their matrices have cosine {cosine:.3f}"
-            yield Finding("note", "shared-base", names, text, evidence=evidence)
+            yield Finding("note", "shared-base", name, text, evidence=evidence, other=second)
+
+
+def _distance(comparison: Comparison, one: int, other: int) -> float:
+    """|theta_i - theta_j| by |theta_i|; without a base, changes are counted from the first model."""
+    changes, sizes = comparison.matrices.changes, comparison.matrices.weights
+    square = changes[one, one] + changes[other, other] - 2.0 * changes[one, other]
+    return math.sqrt(max(0.0, square) / sizes[one, one])
 
 
 def _guess(comparison: Comparison) -> Iterator[Finding]:
@@ -194,7 +221,7 @@ def _guess(comparison: Comparison) -> Iterator[Finding]:
     yield Finding("note", "base-guess", name, text, f"Run again with --base {name}", evidence)
 
 
-def _without_base(comparison: Comparison) -> Iterator[Finding]:
+def _without_base() -> Iterator[Finding]:
     text = "no base is named: sizes of changes, their agreement and most methods need one"
     yield Finding("note", "no-base", "", text, "Name the model they were fine-tuned from: --base MODEL")
 
