@@ -44,6 +44,18 @@ class Cases:
         """The same with other checkpoints of the same models."""
         return replace(self, models=tuple(models), tensors=_aligned(models))
 
+    def with_base_second(self) -> Cases:
+        """The same with the first expert before the base, from which nothing is counted any more."""
+        order = [1, 0, *range(2, len(self.models))]
+        models = [self.models[number] for number in order]
+        return Cases(
+            models=tuple(models),
+            given=tuple(self.given[number] for number in order),
+            base=False,
+            tensors=_aligned(models),
+            adapters={order.index(number): adapter for number, adapter in self.adapters.items()},
+        )
+
 
 def open_cases(references: Sequence[str], base: str | None) -> Cases:
     """Open all models of a diagnosis.
@@ -129,23 +141,29 @@ def _opened(names: Sequence[str]) -> list[Checkpoint]:
 def joints_of(tensors: Sequence[Mapping[str, TensorEntry]], tokens: Sequence[Tokens | None]) -> list[Joint]:
     """Every floating-point tensor, with the models that have it in one shape; one joint for each shape.
 
-    Rows of embeddings are compared as far as all models have them, unless tokens lie at different rows.
+    Rows of embeddings are compared as far as all models have them; those of a model whose tokens lie at other
+    rows than the first's stand alone.
     """
     names = dict.fromkeys(name for own in tensors for name in own)
-    aligned = same_rows(tokens)
+    apart = _other_rows(tokens)
     found: list[Joint] = []
     for name in names:
-        holders = {n: own[name] for n, own in enumerate(tensors) if name in own and is_float(own[name].dtype)}
         groups: dict[tuple[object, ...], dict[int, TensorEntry]] = {}
-        for number, entry in holders.items():
+        for number, entry in ((n, own[name]) for n, own in enumerate(tensors) if name in own):
+            if not is_float(entry.dtype):
+                continue
             by_rows = holds_tokens(name, entry.shape)
-            shape = entry.shape[1:] if by_rows else entry.shape
-            groups.setdefault((*shape, None if aligned or not by_rows else number), {})[number] = entry
+            key = (entry.shape[1:], number if number in apart else None) if by_rows else entry.shape
+            groups.setdefault(key, {})[number] = entry
         found += [Joint(name, group, min(e.numel for e in group.values())) for group in groups.values()]
     return [joint for joint in found if joint.numel]
 
 
-def same_rows(tokens: Sequence[Tokens | None]) -> bool:
-    """Whether no token that two of the models have lies at different rows, as far as is known."""
-    known = [own.vocabulary for own in tokens if own is not None]
-    return all(known[0].get(token, row) == row for other in known[1:] for token, row in other.items())
+def _other_rows(tokens: Sequence[Tokens | None]) -> set[int]:
+    """The models with a token that lies at another row than in the first model whose tokens are known."""
+    first = next((own.vocabulary for own in tokens if own is not None), {})
+    return {
+        number
+        for number, own in enumerate(tokens)
+        if own is not None and any(first.get(token, row) != row for token, row in own.vocabulary.items())
+    }

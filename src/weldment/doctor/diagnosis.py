@@ -170,8 +170,7 @@ def _measured(cases: Cases, facts: Sequence[Facts], settings: Settings) -> tuple
 
 def _of_merge(reference: str, settings: Settings, text: str | None) -> Diagnosis:
     """A finished merge against its parents."""
-    made = merged_from(reference)
-    cases, found = open_merge(made)
+    made, cases, found = open_merge(merged_from(reference))
     cases = _here(cases, settings)
     facts = tuple(facts_of(model) for model in cases.models)
     numbers, read = _measured(cases, facts, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from weldment.doctor.measuring import Numbers
 from weldment.errors import CheckpointError
 from weldment.report.manifest import read_manifest
 
-COLLAPSED = 0.6
+COLLAPSED = 0.8
 """Ratio of a tensor's norm to the least of its parents' below which it has collapsed.
 
 The mean of two unrelated tensors of one size has 0.71 of their norm, of three 0.58; a merge of models of one
-base stays within a few percent of 1.
+base stays within a few percent of 1. Biases are left out: near zero, they are mostly change.
 """
 
 LOST = 0.1
@@ -115,8 +115,8 @@ def merged_from(reference: str) -> Made:
     return Made(reference, base, tuple(name for name in parents if name != base), method, sliced)
 
 
-def open_merge(made: Made) -> tuple[Cases, list[Finding]]:
-    """The merge and those of its parents that are still here.
+def open_merge(made: Made) -> tuple[Made, Cases, list[Finding]]:
+    """The merge first, and those of its parents that are still here; of merged adapters, what their base is.
 
     Raises:
         CheckpointError: the merge itself cannot be opened.
@@ -131,9 +131,13 @@ def open_merge(made: Made) -> tuple[Cases, list[Finding]]:
         findings.append(Finding("note", "parents-gone", made.out, text, "Run this where their paths lead to them"))
     if made.sliced:
         text = "it is made of slices: layers have new numbers, so they are not compared with its parents'"
-        return open_cases([made.out], None), [*findings, Finding("note", "slices", made.out, text)]
+        return made, open_cases([made.out], None), [*findings, Finding("note", "slices", made.out, text)]
     # The merge comes first, so that its differences from each parent are counted element by element.
-    return open_cases([made.out, *present], None), findings
+    cases = open_cases([made.out, *present], None)
+    if cases.base:
+        cases = cases.with_base_second()
+        made = replace(made, base=cases.given[1])
+    return made, cases, findings
 
 
 def _opens(name: str) -> bool:
@@ -216,7 +220,7 @@ def _collapsed(cases: Cases, numbers: Sequence[Numbers]) -> Iterator[Finding]:
     for tensor in numbers:
         norms = np.sqrt(np.clip(np.diag(tensor.weights()), 0.0, None))
         least = norms[1:].min()
-        if tensor.members[0] == 0 and least > 0.0 and norms[0] < COLLAPSED * least:
+        if _has_length(tensor) and least > 0.0 and norms[0] < COLLAPSED * least:
             ratios[tensor.joint.name] = float(norms[0] / least)
     if ratios:
         listing = few([f"{name} ({ratio:.2f})" for name, ratio in sorted(ratios.items(), key=lambda item: item[1])])
@@ -225,6 +229,12 @@ def _collapsed(cases: Cases, numbers: Sequence[Numbers]) -> Iterator[Finding]:
         advice = "Their parents point in different directions: do they share a base? (weld doctor PARENT PARENT)"
         evidence = {name: known(ratio) for name, ratio in ratios.items()}
         yield Finding("warning", "collapsed-norm", cases.given[0], text, advice, evidence)
+
+
+def _has_length(tensor: Numbers) -> bool:
+    """Whether a merge should keep the norm of a tensor: matrices and scales of norms, not biases."""
+    is_scale = tensor.joint.group == "norms" and not tensor.joint.name.endswith("bias")
+    return tensor.members[0] == 0 and (tensor.joint.is_matrix or is_scale)
 
 
 def _shares(merge: Finished, numbers: Sequence[Numbers]) -> Iterator[Finding]:
