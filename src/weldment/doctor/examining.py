@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weldment.checkpoint.compare import same_bytes
 from weldment.checkpoint.dtypes import FLOATS, RECIPE, is_float
 from weldment.checkpoint.model import Checkpoint
 from weldment.doctor.findings import Finding, few
@@ -84,7 +83,7 @@ def facts_of(model: Checkpoint) -> Facts:
 
 def examine(model: Checkpoint, facts: Facts) -> list[Finding]:
     """What files and headers show to be wrong with one model."""
-    found = [*_configuration(model), *_dtypes(model), *_head(model)]
+    found = [*_configuration(model), *_dtypes(model), *_head(model, facts.head)]
     return [*found, *check_tokens(model, facts.tokens, facts.rows)]
 
 
@@ -110,26 +109,22 @@ def _dtypes(model: Checkpoint) -> Iterator[Finding]:
         yield Finding("note", "stated-dtype", model.reference, text)
 
 
-def _head(model: Checkpoint) -> Iterator[Finding]:
+def _head(model: Checkpoint, state: str) -> Iterator[Finding]:
     """Whether the stored head and the configuration's word on tying go together."""
     head, embedding = head_name(model.tensors), input_embedding(model.tensors)
     declared = declared_tying(model.config)
-    if head is None:
-        if declared is False and embedding is not None and _writes_text(model.config):
-            text = "config.json says that its head is not tied to the embeddings, and no head is stored"
-            advice = "Programs would load a random head: set `tie_word_embeddings` to true, or restore the head"
-            yield Finding("problem", "head-missing", model.reference, text, advice)
-        return
     if embedding is None:
         return
-    same = same_bytes(model.tensors[head], model.tensors[embedding])
-    if declared and same is False:
+    if head is None and declared is False and _writes_text(model.config):
+        text = "config.json says that its head is not tied to the embeddings, and no head is stored"
+        advice = "Programs would load a random head: set `tie_word_embeddings` to true, or restore the head"
+        yield Finding("problem", "head-missing", model.reference, text, advice)
+    elif head is not None and declared and state == "untied":
         text = f"config.json says that its head is tied to the embeddings, and {head} differs from {embedding}"
         advice = "Programs that believe the configuration lose the head: set `tie_word_embeddings` to false"
         yield Finding("warning", "head-differs", model.reference, text, advice)
-    elif same and declared is not None:
-        word = "says that they are tied" if declared else "says that they are not tied"
-        text = f"{head} and {embedding} are the same, stored twice; config.json {word}"
+    elif head is not None and state == "tied":
+        text = f"{head} and {embedding} are the same, stored twice"
         yield Finding("note", "head-twice", model.reference, text, "A merge stores them once")
 
 
