@@ -36,7 +36,8 @@ def describe(found: Diagnosis, seconds: float, *, width: int = 80) -> list[str]:
         seconds: that it took.
         width: of the terminal.
     """
-    lines = [line for facts in found.facts for line in _facts(facts, width)]
+    shown = found.facts if found.merge is None else found.facts[:1]
+    lines = [line for facts in shown for line in _facts(facts, width)]
     if found.comparison is not None:
         lines += ["", *_comparison(found.comparison)]
     if found.merge is not None:
@@ -120,13 +121,14 @@ def _changes(comparison: Comparison, names: Mapping[str, str]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = []
     for number in comparison.experts:
         rows.append((names[comparison.name(number)], *_sized(comparison.whole.relative(number), largest)))
-        rows += [(f"  {group}", *_sized(part.relative(number), largest)) for group, part in comparison.groups.items()]
+        sizes = {group: part.relative(number) for group, part in comparison.groups.items()}
+        rows += [(f"  {group}", *_sized(value, largest)) for group, value in sizes.items() if not math.isnan(value)]
         depth = comparison.depth.get(number, ())
         if depth:
             rows.append(("  by layer", _range(depth), _line(depth)))
         rows.append(("  elements changed", _percent(comparison.whole.changed(number)), ""))
         cosine = comparison.matrices.weight_cosine(comparison.base, number)
-        rows.append(("  cosine with the base", _number(cosine), ""))
+        rows.append(("  cosine with the base", f"{cosine:.3f}", ""))
         if number in comparison.ranks:
             rows.append(
                 ("  rank of the change", _percent(comparison.ranks[number]), "of the singular values hold 90 % of it")
