@@ -91,6 +91,17 @@ def test_runs_of_one_training_are_averaged(tmp_path: Path) -> None:
     assert pasted(advice, tmp_path)
 
 
+def test_changes_that_undo_each_other_are_voted_on(tmp_path: Path) -> None:
+    state = base_state()
+    common = perturbed(state, 1, scale=0.05)
+    back = {name: 2 * state[name] - tensor for name, tensor in common.items()}
+    models = [save(tmp_path / f"m{n}", perturbed(own, n, scale=0.02)) for n, own in enumerate((common, back))]
+    advice = advised(save(tmp_path / "base", state), *models)
+    assert advice.method == "ties"
+    assert "undo each other" in advice.reasons[0]
+    assert pasted(advice, tmp_path)
+
+
 def test_much_larger_changes_get_smaller_weights(tmp_path: Path) -> None:
     state = base_state()
     models = [save(tmp_path / f"{s}", perturbed(state, n, scale=s)) for n, s in enumerate((0.01, 0.16))]
@@ -106,9 +117,10 @@ def test_what_cannot_be_merged_is_left_out(three: Folders, tmp_path: Path) -> No
     state["model.norm.weight"][0] = torch.nan
     broken = save(tmp_path / "broken", state)
     same = save(tmp_path / "same", base_state())
-    advice = advised(three[0], *three[1][:2], other, broken, same)
+    twin = save(tmp_path / "twin", read_state(three[1][0]))
+    advice = advised(three[0], *three[1][:2], other, broken, same, twin)
     assert [model["model"] for model in advice.recipe["models"]] == [str(model) for model in three[1][:2]]
-    assert sum("left out" in reason for reason in advice.reasons) == 3
+    assert sum("left out" in reason for reason in advice.reasons) == 4
     assert against(three[0], three[1][0], broken).advice is None
 
 
@@ -152,7 +164,7 @@ def test_other_vocabularies_ask_for_their_union(three: Folders, tmp_path: Path) 
 
 
 def test_a_recipe_that_the_planner_refuses_is_a_problem_and_not_given(three: Folders, tmp_path: Path) -> None:
-    state = perturbed(base_state(), 1)
+    state = perturbed(base_state(), 7)
     state["model.layers.1.mlp.up_proj.weight"] = torch.ones(8, 16)
     found = against(three[0], three[1][0], save(tmp_path / "odd", state))
     assert found.advice is None

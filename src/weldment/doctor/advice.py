@@ -10,10 +10,9 @@ from typing import Any
 from weldment.checkpoint.dtypes import FLOATS
 from weldment.doctor.agreement import Comparison
 from weldment.doctor.cases import Cases
-from weldment.doctor.examining import Facts
 from weldment.doctor.findings import Finding
 from weldment.doctor.groups import is_task_head
-from weldment.doctor.relating import ALIKE, UNEVEN, is_base, is_unrelated
+from weldment.doctor.relating import AGAINST, ALIKE, UNEVEN, merged
 from weldment.errors import UserError
 from weldment.planning.config import main_dtype
 from weldment.planning.layers import layer_of
@@ -77,9 +76,7 @@ class _Draft:
     keys: dict[str, Any]
 
 
-def advise(
-    cases: Cases, facts: Sequence[Facts], comparison: Comparison, findings: Sequence[Finding]
-) -> tuple[Advice | None, list[Finding]]:
+def advise(cases: Cases, comparison: Comparison, findings: Sequence[Finding]) -> tuple[Advice | None, list[Finding]]:
     """A first recipe, and a finding if the planner refuses it; None where no merge makes sense."""
     members = _members(comparison, findings)
     if len(members) < 2:
@@ -100,19 +97,13 @@ def advise(
 
 def _members(comparison: Comparison, findings: Sequence[Finding]) -> list[int]:
     """The experts that can be merged; none if a better recipe needs one more word from the user."""
-    broken = {finding.subject for finding in findings if finding.code == "non-finite"}
-    whole = any(finding.level == "problem" and finding.code in ("architecture", "config") for finding in findings)
-    apart = comparison.base is None and any(f.level == "problem" and f.code == "another-base" for f in findings)
-    guessed = any(finding.code == "base-guess" for finding in findings)
-    if whole or apart or guessed:
+    problems = {finding.code for finding in findings if finding.level == "problem"}
+    without_base = comparison.base is None and problems & {"another-base", "nothing-in-common"}
+    if problems & {"architecture", "config"} or without_base or any(f.code == "base-guess" for f in findings):
         return []
-    return [
-        number
-        for number in comparison.experts
-        if comparison.name(number) not in broken
-        and not is_unrelated(comparison, number)
-        and (comparison.base is None or not is_base(comparison, number))
-    ]
+    out = {finding.subject for finding in findings if finding.code == "non-finite"}
+    out |= {finding.other for finding in findings if finding.code == "same-change"}
+    return [number for number in merged(comparison) if comparison.name(number) not in out]
 
 
 def _method(cases: Cases, comparison: Comparison, members: Sequence[int]) -> _Draft:
@@ -123,31 +114,33 @@ def _method(cases: Cases, comparison: Comparison, members: Sequence[int]) -> _Dr
     cosine = sum(comparison.whole.change_cosine(i, j) for i, j in pairs) / len(pairs)
     if comparison.base is None and count == 2:
         draft.method, draft.parameters = "slerp", {"t": 0.5}
-        draft.reasons.append(
-            "slerp: two models and no base; it keeps the length of the weights, which averages shorten"
-        )
+        reason = "slerp: two models and no base; it keeps the length of the weights, which averages shorten"
+        draft.reasons.append(reason)
     elif comparison.base is None:
         draft.reasons.append("linear: with no base named, a plain average is where to begin")
     elif cosine >= ALIKE:
         draft.reasons.append(f"linear: the changes point the same way (mean cosine {cosine:.2f}), as in a soup of runs")
+    elif cosine <= AGAINST:
+        _vote(draft, f"changes undo each other (mean cosine {cosine:.2f}), and a vote on every sign keeps one side")
     elif all(number in cases.adapters for number in members):
         _sum(draft, cosine)
         draft.keys["rank"] = "auto"
         draft.reasons.append("weighted sums of adapters are exact; rank: auto keeps 99 % of the squared norm")
-    elif _widest(cases) <= SMALL:
+    elif (widest := _widest(cases)) <= SMALL:
         draft.method = "swudi"
-        draft.reasons.append(
-            f"swudi: matrices are small enough to decompose (up to {_widest(cases)} wide), and {_MEASURED}"
-        )
+        draft.reasons.append(f"swudi: matrices are small enough to decompose (up to {widest} wide), and {_MEASURED}")
     elif count >= SEVERAL:
-        draft.method, draft.parameters = "ties", {"density": DENSITY, "lambda": 1.0}
-        draft.reasons.append(
-            f"ties: {count} models, whose changes have a mean cosine of {cosine:.2f}, vote on every sign"
-        )
+        _vote(draft, f"{count} models, whose changes have a mean cosine of {cosine:.2f}, vote on every sign")
         draft.reasons.append("tsv_m and swudi kept more of small encoders, and take minutes to hours at this size")
     else:
         _sum(draft, cosine)
     return draft
+
+
+def _vote(draft: _Draft, reason: str) -> None:
+    """The largest parts of all changes, where their signs agree."""
+    draft.method, draft.parameters = "ties", {"density": DENSITY, "lambda": 1.0}
+    draft.reasons.append(f"ties: {reason}")
 
 
 def _sum(draft: _Draft, cosine: float) -> None:

@@ -130,7 +130,7 @@ def diagnose(
     comparison = compare(cases.given, 0 if cases.base else None, numbers, ranks)
     found += [*compare_configs(cases.models), *relate_tokens(cases.given, [one.tokens for one in facts])]
     found += relate(comparison, cases.adapters)
-    advice, more = advise(cases, facts, comparison, found)
+    advice, more = advise(cases, comparison, found)
     return Diagnosis(facts, ranked([*found, *more]), comparison, None, advice, read, elements)
 
 

@@ -42,6 +42,9 @@ encoders 0.11 to 0.25, their adapters of rank 16 needed 0.02."""
 MOSTLY_UNCHANGED = 0.1
 """Share of unchanged tensors that is worth a word: frozen parts, or few layers trained."""
 
+_APART = 1e-4
+"""Relative distance below which two models without a base are one; the shortest fine-tunings move 0.001."""
+
 _GUESS, _LEAD = 0.3, 0.1
 """Mean cosine of the others' changes as seen from the base, and how much higher it is from any other model.
 
@@ -67,13 +70,17 @@ def relate(comparison: Comparison, adapters: Collection[int] = ()) -> list[Findi
 
 
 def is_unrelated(comparison: Comparison, number: int) -> bool:
-    """Whether a model was not made from the base."""
-    return comparison.base is not None and comparison.matrices.weight_cosine(comparison.base, number) < UNRELATED
+    """Whether a model was not made from the base, or has nothing in common with it."""
+    return comparison.base is not None and not comparison.matrices.weight_cosine(comparison.base, number) >= UNRELATED
 
 
 def is_base(comparison: Comparison, number: int) -> bool:
     """Whether a model is the base itself, as far as was read."""
-    return comparison.whole.changes[number, number] == 0.0 and comparison.whole.numel[number] > 0
+    return (
+        comparison.base is not None
+        and comparison.whole.changes[number, number] == 0.0
+        and comparison.whole.numel[number] > 0
+    )
 
 
 def _against_base(comparison: Comparison, number: int) -> Iterator[Finding]:
@@ -115,9 +122,7 @@ def _kind(comparison: Comparison, number: int) -> Iterator[Finding]:
         yield Finding("note", "unchanged-tensors", name, text, evidence={"share": known(same)})
     rank = comparison.ranks.get(number, math.nan)
     if rank <= LOW_RANK:
-        text = (
-            f"its change is of low rank, as an adapter's is: {rank:.0%} of the singular values hold nine tenths of it"
-        )
+        text = f"its change has low rank, as an adapter's has: {rank:.0%} of the singular values hold nine tenths of it"
         advice = "`weld extract` may make a small adapter of it"
         yield Finding("note", "low-rank", name, text, advice, {"rank_share": known(rank)})
 
@@ -153,22 +158,15 @@ def _pairs(comparison: Comparison) -> Iterator[Finding]:
         evidence = {"change_cosine": known(cosine), "sign_agreement": known(agreement)}
         numbers = f"cosine of their changes {cosine:.2f}, signs agree on {agreement:.0%} of what both change"
         if cosine >= SAME:
-            yield Finding(
-                "warning",
-                "same-change",
-                name,
-                f"are the same model: {numbers}",
-                "Leave one out",
-                evidence,
-                other=second,
-            )
+            text = f"are the same model: {numbers}"
+            yield Finding("warning", "same-change", name, text, "Leave one out", evidence, second)
         elif cosine >= ALIKE:
             text = f"change the base alike, as runs of one training do: {numbers}"
             yield Finding("note", "alike", name, text, evidence=evidence, other=second)
         elif cosine <= AGAINST:
             text = f"undo each other's changes: {numbers}"
             advice = "A sum loses both: prefer a method that elects signs (ties), and smaller weights"
-            yield Finding("warning", "opposed", name, text, advice, evidence, other=second)
+            yield Finding("warning", "opposed", name, text, advice, evidence, second)
 
 
 def _unrelated_pairs(comparison: Comparison) -> Iterator[Finding]:
@@ -181,15 +179,12 @@ def _unrelated_pairs(comparison: Comparison) -> Iterator[Finding]:
             yield Finding("problem", "nothing-in-common", name, text, other=second)
         elif cosine < UNRELATED:
             text = f"do not share a base, by my guess: their matrices have cosine {cosine:.2f}"
-            yield Finding("problem", "another-base", name, text, "Merge models of one base", evidence, other=second)
+            yield Finding("problem", "another-base", name, text, "Merge models of one base", evidence, second)
         elif cosine < RELATED:
             text = f"may not share a base: their matrices have cosine {cosine:.2f}"
-            yield Finding(
-                "warning", "unclear-base", name, text, "Name the base with --base to know more", evidence, other=second
-            )
-        elif (
-            cosine >= 1.0 - 1e-12 and comparison.matrices.changes[one, one] == comparison.matrices.changes[other, other]
-        ):
+            advice = "Name the base with --base to know more"
+            yield Finding("warning", "unclear-base", name, text, advice, evidence, second)
+        elif _distance(comparison, one, other) < _APART:
             text = "are the same model in all that was read"
             yield Finding("warning", "same-change", name, text, "Leave one out", evidence, second)
         else:
@@ -198,7 +193,7 @@ def _unrelated_pairs(comparison: Comparison) -> Iterator[Finding]:
 
 
 def _distance(comparison: Comparison, one: int, other: int) -> float:
-    """|theta_i - theta_j| by |theta_i|; without a base, changes are counted from the first model."""
+    """|theta_i - theta_j| / |theta_i|; without a base, changes are counted from the first model."""
     changes, sizes = comparison.matrices.changes, comparison.matrices.weights
     square = changes[one, one] + changes[other, other] - 2.0 * changes[one, other]
     return math.sqrt(max(0.0, square) / sizes[one, one])
