@@ -68,6 +68,15 @@ def test_models_that_cannot_be_merged_end_with_1_too(two: Folders, tmp_path: Pat
     assert "merge_method" not in found.out
 
 
+def test_unrelated_architectures_are_not_compared_and_their_tensors_named(two: Folders, tmp_path: Path) -> None:
+    other = save(tmp_path / "gpt", {"h.0.attn.c_attn.weight": torch.ones(5, 7)}, model_type="gpt2")
+    found = weld("doctor", other, "--base", two[0])
+    assert found.code == 1
+    assert "nothing in common" in found.out
+    assert "h.0.attn.c_attn.weight" in found.out
+    assert "nan" not in found.out
+
+
 def test_what_is_no_model_ends_with_2(two: Folders, tmp_path: Path) -> None:
     missing = weld("doctor", tmp_path / "none")
     assert missing.code == 2

@@ -12,7 +12,7 @@ from lora_folders import write_lora
 from models import perturbed
 from weldment.checkpoint.opening import open_checkpoint
 from weldment.doctor import diagnose
-from weldment.doctor.cases import joints_of, open_cases
+from weldment.doctor.cases import compare_tensors, joints_of, open_cases
 from weldment.doctor.tokens import Tokens
 from weldment.errors import CheckpointError, UserError
 
@@ -80,6 +80,24 @@ def test_names_with_another_prefix_are_matched(base: Path, tmp_path: Path) -> No
     state = {f"wrapped.{name}": tensor for name, tensor in base_state().items()}
     cases = open_cases([str(save(tmp_path / "wrapped", state))], str(base))
     assert cases.tensors[1].keys() == cases.tensors[0].keys()
+
+
+class TestOtherTensors:
+    def other(self, base: Path, path: Path, state: dict[str, torch.Tensor]) -> list[str]:
+        cases = open_cases([str(save(path, state))], str(base))
+        return [finding.text for finding in compare_tensors(cases)]
+
+    def test_equal_names_and_shapes_heads_and_rows_are_no_matter(self, base: Path, tmp_path: Path) -> None:
+        heads = {"lm_head.weight": torch.ones(24, 16), "classifier.weight": torch.ones(2, 16)}
+        assert self.other(base, tmp_path / "m", {**base_state(rows=30), **heads}) == []
+
+    def test_are_named(self, base: Path, tmp_path: Path) -> None:
+        state = {**base_state(), "gate": torch.ones(3), "model.layers.2.mlp.up_proj.weight": torch.ones(16, 32)}
+        del state["model.norm.weight"]
+        (text,) = self.other(base, tmp_path / "m", state)
+        assert "1 only here (gate)" in text
+        assert f"1 only in {base} (model.norm.weight)" in text
+        assert "1 of another shape (model.layers.2.mlp.up_proj.weight)" in text
 
 
 class TestJoints:

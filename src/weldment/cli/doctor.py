@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from weldment.cli.merge import JsonOption, QuietOption, ThreadsOption
+from weldment.cli.merge import JsonOption, ThreadsOption
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
         ),
     ] = None,
     threads: ThreadsOption = None,
-    quiet: QuietOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Examine a model, models that are to be merged, or a finished merge.

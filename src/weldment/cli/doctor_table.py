@@ -91,7 +91,6 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
     names = short_names(comparison.references)
     if comparison.base is not None:
         yield from _changes(comparison, names)
-        yield ""
         yield from _pairs(comparison, names)
     else:
         yield _head("cosine of the weights of matrices")
@@ -120,7 +119,11 @@ def _changes(comparison: Comparison, names: Mapping[str, str]) -> Iterator[str]:
     )
     rows: list[tuple[str, ...]] = []
     for number in comparison.experts:
-        rows.append((names[comparison.name(number)], *_sized(comparison.whole.relative(number), largest)))
+        size = comparison.whole.relative(number)
+        if math.isnan(size):
+            rows.append((names[comparison.name(number)], "–", "nothing in common"))
+            continue
+        rows.append((names[comparison.name(number)], *_sized(size, largest)))
         sizes = {group: part.relative(number) for group, part in comparison.groups.items()}
         rows += [(f"  {group}", *_sized(value, largest)) for group, value in sizes.items() if not math.isnan(value)]
         depth = comparison.depth.get(number, ())
@@ -137,9 +140,9 @@ def _changes(comparison: Comparison, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _pairs(comparison: Comparison, names: Mapping[str, str]) -> Iterator[str]:
-    if not comparison.pairs:
+    if all(math.isnan(comparison.whole.change_cosine(*pair)) for pair in comparison.pairs):
         return
-    yield _head("agreement of changes")
+    yield from ("", _head("agreement of changes"))
     rows: list[tuple[str, ...]] = [("", "cosine", "", "same sign", "")]
     for i, j in comparison.pairs:
         pair = f"{names[comparison.name(i)]}, {names[comparison.name(j)]}"

@@ -10,11 +10,13 @@ from weldment.adapters.adapter import Adapter
 from weldment.adapters.opening import find_adapter, open_model, split_reference
 from weldment.checkpoint.dtypes import is_float
 from weldment.checkpoint.model import Checkpoint, TensorEntry
+from weldment.doctor.findings import Finding, few
+from weldment.doctor.groups import is_task_head
 from weldment.doctor.measuring import Joint
 from weldment.doctor.tokens import Tokens
 from weldment.errors import CheckpointError, UserError, joined
 from weldment.planning.inputs import under_names_of
-from weldment.planning.roles import holds_tokens
+from weldment.planning.roles import holds_tokens, is_head
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,36 @@ def _opened(names: Sequence[str]) -> list[Checkpoint]:
     if problems:
         raise joined(CheckpointError, list({str(problem): problem for problem in problems}.values()))
     return models
+
+
+def compare_tensors(cases: Cases) -> list[Finding]:
+    """Which tensors of each model the first one lacks or has in another shape, and which it has besides.
+
+    Heads and rows of embeddings are left out: models of one base often differ in them.
+    """
+    first = cases.tensors[0]
+    found: list[Finding] = []
+    for name, own in zip(cases.given[1:], cases.tensors[1:], strict=True):
+        more, less = (
+            [n for n in one if n not in two and not _is_apart(n)] for one, two in ((own, first), (first, own))
+        )
+        shapes = [n for n in own if n in first and not _same_shape(n, own[n], first[n])]
+        kinds = {"only here": more, f"only in {cases.given[0]}": less, "of another shape": shapes}
+        parts = [f"{len(names)} {what} ({few(names)})" for what, names in kinds.items() if names]
+        if parts:
+            text = f"has other tensors than {cases.given[0]}: {', '.join(parts)}"
+            evidence = {"only_here": more, "only_there": less, "other_shape": shapes}
+            found.append(Finding("note", "other-tensors", name, text, evidence=evidence))
+    return found
+
+
+def _is_apart(name: str) -> bool:
+    return is_task_head(name) or is_head(name)
+
+
+def _same_shape(name: str, one: TensorEntry, other: TensorEntry) -> bool:
+    skipped = 1 if holds_tokens(name, one.shape) else 0
+    return one.shape[skipped:] == other.shape[skipped:] or is_task_head(name)
 
 
 def joints_of(tensors: Sequence[Mapping[str, TensorEntry]], tokens: Sequence[Tokens | None]) -> list[Joint]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weldment.checkpoint.staging import MANIFEST
 from weldment.doctor.advice import Advice, advise
 from weldment.doctor.agreement import Comparison, compare
-from weldment.doctor.cases import Cases, joints_of, open_cases
+from weldment.doctor.cases import Cases, compare_tensors, joints_of, open_cases
 from weldment.doctor.configs import compare_configs
 from weldment.doctor.examining import Facts, examine, examine_numbers, facts_of
 from weldment.doctor.findings import Finding, ranked
@@ -129,7 +129,7 @@ def diagnose(
     ranks = rank_shares(joints, 0) if cases.base else {}
     comparison = compare(cases.given, 0 if cases.base else None, numbers, ranks)
     found += [*compare_configs(cases.models), *relate_tokens(cases.given, [one.tokens for one in facts])]
-    found += relate(comparison, cases.adapters)
+    found += [*compare_tensors(cases), *relate(comparison, cases.adapters)]
     advice, more = advise(cases, comparison, found)
     return Diagnosis(facts, ranked([*found, *more]), comparison, None, advice, read, elements)
 
