@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from models import State, decoder_config, decoder_state, perturbed, save_state
 
@@ -23,8 +25,9 @@ def config(*, tied: bool = True, rows: int = ROWS, **keys: Any) -> dict[str, Any
 
 
 def tokenizer(tokens: list[str] | None = None) -> str:
-    listed = TOKENS if tokens is None else tokens
-    return json.dumps({"model": {"type": "WordLevel", "vocab": {token: row for row, token in enumerate(listed)}}})
+    """A `tokenizer.json` whose tokens are words, at the rows they are listed in."""
+    rows = {token: row for row, token in enumerate(TOKENS if tokens is None else tokens)}
+    return Tokenizer(WordLevel(rows, unk_token=next(iter(rows)))).to_str()
 
 
 def save(
