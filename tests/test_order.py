@@ -87,6 +87,21 @@ def test_several_series() -> None:
     assert found[1] == [float(np.sort(second)[-3]), float(np.sort(second)[-30])]
 
 
+def test_samples_are_gathered_by_many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task holds what it sends several times, so many series make more tasks, not larger ones."""
+    monkeypatch.setattr(order, "_GATHERED", 1 << 14)
+    series = [shapes()["normal"]] * 3
+
+    def values(item: int, cut: Range, workspace: Workspace) -> list[Tensor]:
+        return [torch.from_numpy(numbers[cut.start : cut.stop].copy()) for numbers in series]
+
+    n = series[0].size
+    stages = order.select([(0, Grid((n,), "element", 1 << 16))], values, [[5], [n // 2], [n - 1]])
+    sent = [sum(piece.size for column in task(WORKSPACE) for piece in column) for task in next(stages)]
+    assert len(sent) > 4
+    assert max(sent) <= 1 << 14
+
+
 def test_over_several_tensors() -> None:
     """A series may run over all tensors of a model, small and large."""
     draw = np.random.default_rng(1)

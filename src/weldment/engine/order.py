@@ -8,7 +8,7 @@ number lies elsewhere, the interval is moved and the pass repeated, so the resul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +28,8 @@ SMALL = 1 << 18
 _PIECE = 4096
 _MANY = 4096
 _MARGIN = 4.0
-_SAMPLED = 1 << 23  # of all series together
+_SAMPLED = 1 << 22  # of all series together
+_GATHERED = 1 << 19  # of them by one task; what it sends is in memory several times
 
 W = TypeVar("W")
 Values = Callable[[W, Range, Any], "list[Tensor]"]
@@ -117,12 +118,22 @@ def _start(items: Sequence[tuple[W, Grid]], values: Values[W], searches: list[_S
         for item, grid in items
         if grid.numel
     ]
-    parts = yield [partial(_gather, item, cuts, values) for item, cuts in samples]
+    tasks = [partial(_gather, item, few, values) for item, cuts in samples for few in _groups(cuts, series)]
+    parts = yield tasks
     pieces = [[piece for part in parts for piece in part[n]] for n in range(len(parts[0]))]
-    pooled = [np.sort(np.concatenate(series)) for series in pieces]
+    pooled = [np.concatenate(series) for series in pieces]
+    for sample in pooled:
+        sample.sort()
     for search in searches:
         search.sample = pooled[search.series]
         search.margin = _uncertainty(pieces[search.series], search.sample, (search.rank + 0.5) / total)
+
+
+def _groups(cuts: Sequence[Range], series: int) -> Iterator[Sequence[Range]]:
+    """Cuts that one task gathers."""
+    step = max(1, _GATHERED // (series * max(cut.numel for cut in cuts)))
+    for start in range(0, len(cuts), step):
+        yield cuts[start : start + step]
 
 
 def _uncertainty(pieces: list[np.ndarray], pooled: np.ndarray, share: float) -> float:
