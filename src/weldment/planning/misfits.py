@@ -129,7 +129,7 @@ class Misfits:
         elif vocabulary:
             cause = f"different vocabularies: {some(vocabulary)}: {_listed(shapes[vocabulary[0]])}"
             fix = (
-                "Merging rows by position would mix different tokens. Align them by token (`tokenizer: {source: union}`), "
+                "Merging rows by position would mix different tokens. Align them (`tokenizer: {source: union}`), "
                 f"for which the models need their tokenizers, or take from one model: {self._take(vocabulary)}"
             )
             problems.append(self._problem(cause, fix))

@@ -7,11 +7,11 @@ different tokens are never mixed. With it, the rows of all models are put in the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weldment.checkpoint.model import Checkpoint, Rows, TensorEntry
-from weldment.errors import PlanError, WeldmentError
+from weldment.errors import CheckpointError, PlanError, WeldmentError, joined
 from weldment.planning.files import tokenizer_model
 from weldment.planning.inputs import Inputs
 from weldment.planning.plan import Plan
@@ -99,11 +99,7 @@ def _aligned(inputs: Inputs, left: Sorted, wishes: Wishes, stages: Sequence[Plan
         cause = "no model has token embeddings that are known by name, so there are no rows to align"
         raise PlanError(cause, where=f"{inputs.recipe.origin}: tokenizer", fix="Remove `tokenizer`")
     wishes.chosen(list(embeddings))
-    where = f"{inputs.recipe.origin}: tokenizer"
-    tokenizers = {
-        model: _tokenizer(inputs, model, stages) or require_tokenizer(inputs.models[model], where)
-        for model in embeddings
-    }
+    tokenizers = _required(inputs, embeddings, stages)
     output = wishes.output(tokenizers)
     output = replace(output, template=wishes.chat_template(tokenizers))
     first = output.start.reference
@@ -133,6 +129,25 @@ def _aligned(inputs: Inputs, left: Sorted, wishes: Wishes, stages: Sequence[Plan
         (*problems, *aligner.problems.values()),
         tuple(_alignment_notes(inputs, alignment, output)),
     )
+
+
+def _required(inputs: Inputs, models: Iterable[str], stages: Sequence[Plan]) -> dict[str, Tokenizer]:
+    """The tokenizers of models that have embeddings.
+
+    Raises:
+        CheckpointError: with all models that have none.
+    """
+    where = f"{inputs.recipe.origin}: tokenizer"
+    found: dict[str, Tokenizer] = {}
+    problems: list[CheckpointError] = []
+    for model in models:
+        try:
+            found[model] = _tokenizer(inputs, model, stages) or require_tokenizer(inputs.models[model], where)
+        except CheckpointError as error:
+            problems.append(error)
+    if problems:
+        raise joined(CheckpointError, problems)
+    return found
 
 
 def _padded(rows: int, multiple: int | None) -> int:
