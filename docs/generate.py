@@ -241,7 +241,7 @@ def cli_page() -> str:
     ]
     codes = [
         ("0", "done"),
-        ("1", "the merge failed while it ran, or `weld verify` found a difference"),
+        ("1", "the merge failed while it ran, `weld verify` found a difference, or `weld doctor` a problem"),
         ("2", "the recipe, the models or the output folder are at fault; nothing was written"),
         ("130", "interrupted; the same command goes on where it was"),
     ]

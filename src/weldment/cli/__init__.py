@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from weldment.cli import compare, extract, merge, methods, plan, search, soup, verify
+from weldment.cli import compare, doctor, extract, merge, methods, plan, search, soup, verify
 from weldment.cli import eval as evaluate
 from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.cli.startup import postpone
@@ -29,6 +29,7 @@ for _name, _command in {
     "plan": plan.command,
     "methods": methods.command,
     "verify": verify.command,
+    "doctor": doctor.command,
     "extract": extract.command,
     "eval": evaluate.command,
     "compare": compare.command,

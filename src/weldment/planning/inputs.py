@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from weldment.checkpoint.model import Checkpoint, TensorEntry
 from weldment.methods import METHODS, Method
-from weldment.planning.names import align
+from weldment.planning.names import Rename, align
 from weldment.recipe import experts_of
 from weldment.recipe.recipe import ModelInput, Recipe
 
@@ -49,12 +49,10 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
     method = METHODS[recipe.method]
     experts = experts_of(recipe)
     reference = recipe.base_model or (recipe.slices[0].sources[0] if recipe.slices else experts[0]).model
-    wanted = {name: entry.shape for name, entry in models[reference].tensors.items()}
     tensors: dict[str, Mapping[str, TensorEntry]] = {}
     renamed: dict[str, list[str]] = {}
     for model, checkpoint in models.items():
-        names, renames = align({name: entry.shape for name, entry in checkpoint.tensors.items()}, wanted)
-        tensors[model] = {names[name]: entry for name, entry in checkpoint.tensors.items()}
+        tensors[model], renames = under_names_of(models[reference], checkpoint)
         for change in renames:
             renamed.setdefault(str(change), []).append(model)
     notes = [
@@ -64,3 +62,10 @@ def gather(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Inputs:
     notes += [note for checkpoint in models.values() for note in checkpoint.notes]
     base = recipe.base_model if method.takes_base or recipe.is_finished else None
     return Inputs(recipe, method, models, tuple(experts), base, reference, tensors, tuple(notes))
+
+
+def under_names_of(reference: Checkpoint, model: Checkpoint) -> tuple[Mapping[str, TensorEntry], tuple[Rename, ...]]:
+    """The tensors of a model under the names of another one, and which prefixes were replaced for that."""
+    shapes, wanted = ({name: entry.shape for name, entry in m.tensors.items()} for m in (model, reference))
+    names, renames = align(shapes, wanted)
+    return {names[name]: entry for name, entry in model.tensors.items()}, renames
