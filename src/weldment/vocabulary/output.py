@@ -32,7 +32,7 @@ class NewToken:
     score: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Output:
     """The tokenizer of a merged model.
 

@@ -18,16 +18,17 @@ _READ_BY_FAST_ONES = (TOKENIZER, SETTINGS, SPECIAL, TEMPLATE)
 
 
 def write_tokenizer(folder: Path, output: Output) -> None:
-    """Bring the tokenizer's files in a folder, copied from `output.start`, to what `output` is."""
-    if output.is_changed or not (folder / TOKENIZER).is_file():
-        for path in folder.iterdir():
-            if path.is_file() and is_tokenizer_file(path.name) and path.name not in _READ_BY_FAST_ONES:
-                path.unlink()
-        (folder / TOKENIZER).write_bytes(output.json())
-    settings = output.settings
-    if settings != output.start.settings or not (folder / SETTINGS).is_file():
-        write_json(folder / SETTINGS, settings)
-    if output.template is not None:
+    """Bring the tokenizer's files in a folder, copied from the model that it is made from, to what `output` is."""
+    path = folder / TOKENIZER
+    if not path.is_file() or path.read_bytes() != output.json():
+        for other in folder.iterdir():
+            if other.is_file() and is_tokenizer_file(other.name) and other.name not in _READ_BY_FAST_ONES:
+                other.unlink()
+        path.write_bytes(output.json())
+    settings = folder / SETTINGS
+    if not settings.is_file() or parsed(settings.read_bytes()) != output.settings:
+        write_json(settings, output.settings)
+    if output.chat_template != output.start.template:
         # Every version of transformers finds the template in the settings.
         (folder / TEMPLATE).unlink(missing_ok=True)
 
