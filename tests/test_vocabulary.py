@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import folders
 import models
 from weldment import PlanError, plan
 from weldment.planning.vocabulary import vocabulary
@@ -40,14 +41,31 @@ def test_tokens_at_other_rows_are_refused_and_the_advice_works(tmp_path: Path) -
     advice = json.loads(str(error.value).partition("`take: ")[2].partition("`")[0])
     planned = plan({**recipe, "take": advice})
     assert planned.tokenizer.reference == str(first)
+    aligned = plan({**recipe, "tokenizer": {"source": "union"}})
+    assert any(note.endswith(f"{second}: 1 tokens stay at their rows, 2 move") for note in aligned.notes)
 
 
-def test_reserved_tokens_that_were_renamed_are_said(tmp_path: Path) -> None:
+def test_tokens_of_one_model_alone_are_refused_with_what_union_and_base_would_do(tmp_path: Path) -> None:
     first = save(tmp_path / "a", tokenizer("x", added={"<reserved_0>": 1}))
     second = save(tmp_path / "b", tokenizer("x", added={"<|im_start|>": 1, "<|more|>": 2}), 1)
-    (note,) = plan(models.recipe("linear", first, second)).notes
-    assert f"'<reserved_0>' is '<|im_start|>' in {second}" in note
-    assert note.startswith("1 rows")
+    with pytest.raises(PlanError, match=r"2 tokens are in .*b alone: '<\|im_start\|>' \(row 1\)") as error:
+        plan(models.recipe("linear", first, second))
+    assert f"1 tokens are in {first} alone: '<reserved_0>' (row 1)" in str(error.value)
+    assert f"`tokenizer: {{source: {first}}}` those of {first} and leave 2 tokens out" in str(error.value)
+
+
+def test_vocabularies_of_other_sizes_are_explained_by_their_tokens(tmp_path: Path) -> None:
+    first = folders.write_model(tmp_path / "a", vocabulary=16)
+    second = folders.write_model(tmp_path / "b", 1, vocabulary=20)
+    for model, tokens in ((first, "xy"), (second, "xyz")):
+        (model / "tokenizer.json").write_text(tokenizer(*tokens))
+    recipe = {"merge_method": "linear", "models": [str(first), str(second)]}
+    with pytest.raises(PlanError, match=r"1 tokens are in .*b alone: 'z' \(row 2\)"):
+        plan(recipe)
+    for model in (first, second):
+        (model / "tokenizer.json").unlink()
+    with pytest.raises(PlanError, match=r"different vocabularies: tensor .*embed_tokens.*for which the models need"):
+        plan(recipe)
 
 
 def test_model_that_gives_only_files_is_not_compared(tmp_path: Path) -> None:

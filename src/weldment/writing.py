@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,9 +22,12 @@ from weldment.engine.progress import Progress
 from weldment.engine.run import Machine
 from weldment.errors import CheckpointError, OutputError
 from weldment.planning.plan import Plan
+from weldment.planning.roles import input_embedding
 from weldment.report.card import model_card
 from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
 from weldment.version import __version__
+from weldment.vocabulary.checks import check_written
+from weldment.vocabulary.writing import write_generation_config, write_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,6 +179,13 @@ class Run:
             raise OutputError(cause, where=str(staging.out), fix="Free some space, or choose another disk")
 
 
+def _token_rows(plan: Plan) -> int:
+    """Rows of the merged token embeddings; without bound where these are not known by name."""
+    shapes = {job.name: job.shape for job in plan.jobs if not job.file}
+    name = input_embedding(shapes)
+    return sys.maxsize if name is None else shapes[name][0]
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     """Tells two versions of a file apart."""
     stat = path.stat()
@@ -199,8 +210,14 @@ def replace_stored(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) 
 def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:
     """Write everything but the weights: side files, config, index, heads' configs, card, manifest."""
     copy_side_files(folder, plan.side, plan.tokenizer)
+    if plan.output is not None:
+        write_tokenizer(folder, plan.output)
+    if plan.tokenizer is not plan.side:
+        write_generation_config(folder, plan.tokenizer)
     if plan.config:
         write_json(folder / "config.json", plan.config)
+    if plan.output is not None:
+        check_written(folder, plan.output, _token_rows(plan))
     if (index := plan.layout.index()) is not None:
         write_json(folder / INDEX, index)
     for name, expert in plan.heads.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +74,60 @@ class Added:
         return self.values.nbytes
 
 
+ZERO, MEAN = -1, -2
+"""In place of a model's number: a row of zeros, or the mean of several rows."""
+
+RowPlace = tuple[int, int]
+"""A model's number and a row of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """For every row of a tensor: the model and the row of it that it is taken from.
+
+    Attributes:
+        models: numbers of models, or ZERO, or MEAN.
+        rows: rows of these models.
+        means: the rows whose mean a row is, by that row.
+    """
+
+    models: array[int]
+    rows: array[int]
+    means: Mapping[int, tuple[RowPlace, ...]]
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells maps apart."""
+        digest = hashlib.sha256(self.models.tobytes() + self.rows.tobytes())
+        digest.update(repr(sorted(self.means.items())).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """The numbers of the models that rows are taken from."""
+        averaged = {model for places in self.means.values() for model, _ in places}
+        return frozenset({model for model in set(self.models) if model >= 0} | averaged)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a tensor, taken from tensors of several models.
+
+    Attributes:
+        sources: by the number of their model: the model's reference and the tensor.
+        place: what is taken from where.
+    """
+
+    sources: Mapping[int, tuple[str, TensorEntry]]
+    place: RowMap
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: its elements, row-major, start at byte `offset` of `file`.
 
-    `changes` are what adapters add to it, in order.
+    `changes` are what adapters add to it, in order. A tensor with `rows` is put together of rows of itself and
+    of other models' tensors: its shape is that of the result, its place that of its own rows.
     """
 
     name: str
@@ -84,6 +136,7 @@ class TensorEntry:
     file: WeightFile
     offset: int
     changes: tuple[LowRank | Added, ...] = ()
+    rows: Rows | None = None
 
     @property
     def numel(self) -> int:
@@ -96,7 +149,17 @@ class TensorEntry:
     @property
     def read_bytes(self) -> int:
         """Bytes that are read to know its elements: its own and those of its changes."""
-        return self.nbytes + sum(change.read_bytes for change in self.changes)
+        return self.nbytes + sum(change.read_bytes for entry in self.parts for change in entry.changes)
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors that it is put together of: itself, unless its rows come from several."""
+        return (self,) if self.rows is None else tuple(entry for _, entry in self.rows.sources.values())
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters change it."""
+        return any(entry.changes for entry in self.parts)
 
 
 @dataclass(frozen=True)

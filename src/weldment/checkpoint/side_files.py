@@ -46,6 +46,26 @@ def copy_side_files(folder: Path, side: Checkpoint, tokenizer: Checkpoint) -> No
             shutil.copyfile(path, target)
 
 
+def side_file(model: Checkpoint, name: str) -> Path | None:
+    """Where a side file of a model lies; it is downloaded if need be. None if the model has none of that name."""
+    if name not in model.side_files:
+        return None
+    if (path := model.side_path(name)) is not None:
+        return path
+    if model.repo is None or model.revision is None:
+        return None
+    # Only models on the Hub need its library.
+    from weldment.checkpoint.hub import fetch
+
+    return fetch(model.repo, name, model.revision)
+
+
+def read_side_file(model: Checkpoint, name: str) -> bytes | None:
+    """The content of a side file; None if the model has none of that name."""
+    path = side_file(model, name)
+    return None if path is None else path.read_bytes()
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer."""
     path = PurePosixPath(name)

@@ -68,7 +68,7 @@ def job_bytes(job: TensorJob, block: int, accumulate: str) -> int:
     width = 8 if accumulate == "float64" else 4
     item = sum(ITEM_BYTES[entry.dtype] for entry in job.sources) + ITEM_BYTES[job.dtype]
     raw = min(elements, PIECE) * item
-    factors = KEPT_BYTES if any(entry.changes for _, entry in job.inputs) else 0
+    factors = KEPT_BYTES if any(entry.is_adapted for _, entry in job.inputs) else 0
     models = len(job.sources) + (job.base is not None)
     method = METHODS[job.method] if job.action == "merge" else None
     if method is not None and method.cost is not None and is_whole(job):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weldment.checkpoint.dtypes import is_float
 from weldment.checkpoint.model import TensorEntry, WeightFile
 from weldment.engine.adapted import adapted
+from weldment.engine.aligned import aligned
 from weldment.engine.copying import Copy
 from weldment.engine.outputs import Output
 from weldment.engine.sources import FileSource, MemorySource, Source
@@ -41,7 +42,9 @@ class Inputs:
         self._open: dict[Path, int] = {}
 
     def source(self, entry: TensorEntry) -> Source:
-        """A tensor, with what adapters change of it."""
+        """A tensor, with what adapters change of it, and with its rows from where they come from."""
+        if entry.rows is not None:
+            return aligned(entry, self.source)
         if (made := self._made.get((entry.file.name, entry.name))) is not None:
             return MemorySource(made.view(-1))
         stored = self.file(entry)
@@ -68,7 +71,7 @@ def work_of(job: TensorJob, inputs: Inputs, output: Output, block: int, weight: 
         weight: bytes that it holds in memory, where that is much.
     """
     sources = [inputs.source(entry) for entry in job.sources]
-    same = all(entry.dtype == job.dtype and not entry.changes for entry in job.sources)
+    same = all(entry.dtype == job.dtype and not entry.is_adapted for entry in job.sources)
     if job.action != "merge" and (same or not is_float(job.dtype)):
         return Copy(job.name, job.shape, sources, job.dtype, output)
     copied = job.action != "merge"

@@ -28,14 +28,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weldment.engine.run import default_threads
 from weldment.errors import NonFiniteError, TaskError
 from weldment.evaluation.networks import whole_network
-from weldment.evaluation.states import Head, ModelState
+from weldment.evaluation.states import Head, ModelState, tokenizer_folder
 from weldment.evaluation.unlabelled import Batch, inputs_in
 from weldment.evaluation.walks import Held, Rerun, Walk, route
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from weldment.evaluation.states import Tensors
+    from weldment.evaluation.states import Tensors, tokenizer_folder
     from weldment.planning.plan import Plan
 
 HELD = 1 << 31
@@ -93,7 +93,7 @@ def merge_statistics(plan: Plan, tensors: Tensors, threads: int | None = None) -
         tensors: of the merged model, by name.
     """
     heads = {name: Head({}, expert.config) for name, expert in plan.heads.items()}
-    state = ModelState("the merged model", tensors, plan.config, plan.tokenizer.root, heads)
+    state = ModelState("the merged model", tensors, plan.config, tokenizer_folder(plan), heads)
     assert plan.recipe.recalibrate is not None
     return statistics(state, plan.recipe.recalibrate, threads)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from weldment.checkpoint.dtypes import torch_dtype
-from weldment.evaluation.states import ModelState
+from weldment.evaluation.states import ModelState, tokenizer_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weldment.evaluation.states import Tensors
+    from weldment.evaluation.states import Tensors, tokenizer_folder
     from weldment.planning.plan import Plan, TensorJob
 
 
@@ -51,7 +51,7 @@ class RunningMean:
         """The mean with one more model; its tensors are made when they are asked for, and not kept."""
         count = len(self._members) + 1
         mean = _MeanWith(self._jobs, self._sums, count, model, tensors)
-        return ModelState(f"mean of {count}", mean, self._planned.config, self._planned.tokenizer.root)
+        return ModelState(f"mean of {count}", mean, self._planned.config, tokenizer_folder(self._planned))
 
 
 class _MeanWith(Mapping[str, "Tensor"]):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path, PurePath
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from weldment.adapters.adapter import PREFIX
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weldment.merging import RecipeSource
+    from weldment.planning.plan import Plan
+    from weldment.vocabulary.output import Output
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -53,6 +59,21 @@ class ModelState:
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def tokenizer_folder(plan: Plan) -> Path | None:
+    """Where the tokenizer of a merge lies; one that the merge makes lies in a folder that goes with the process."""
+    return plan.tokenizer.root if plan.output is None else _written(plan.output)
+
+
+@lru_cache(maxsize=64)
+def _written(output: Output) -> Path:
+    from weldment.vocabulary.writing import write_tokenizer
+
+    folder = Path(mkdtemp(prefix="weld-tokenizer-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    write_tokenizer(folder, output)
+    return folder
 
 
 def short_name(reference: str) -> str:
@@ -96,7 +117,7 @@ def merged_state(
     merged = merge_in_memory(recipe, overrides=overrides, seed=seed)
     experts = merged.plan.heads
     heads = {head: Head(tensors, experts[head].config) for head, tensors in merged.heads.items()}
-    return ModelState(name, merged.tensors, merged.plan.config, merged.plan.tokenizer.root, heads)
+    return ModelState(name, merged.tensors, merged.plan.config, tokenizer_folder(merged.plan), heads)
 
 
 def _merged_adapter(

@@ -10,7 +10,7 @@ from weldment.checkpoint.layout import SHARD_BYTES, Layout, Spec, lay_out, spec_
 from weldment.checkpoint.model import Checkpoint
 from weldment.errors import PlanError, WeldmentError, joined
 from weldment.planning.config import main_dtype, stated_dtype_holds, with_dtype, with_layers, with_rows
-from weldment.planning.files import config_model, file_notes, side_model, tokenizer_model
+from weldment.planning.files import config_model, file_notes, side_model
 from weldment.planning.inputs import Inputs, gather
 from weldment.planning.jobs import copy_job, head_name_of, merge_jobs
 from weldment.planning.ledger import account
@@ -20,8 +20,9 @@ from weldment.planning.requests import Request, Slicing, is_in_stack, slicing, w
 from weldment.planning.roles import input_embedding
 from weldment.planning.sorting import Sorted, sort_tensors
 from weldment.planning.tying import declared_tying, with_tying
-from weldment.planning.vocabulary import VocabularyFindings, compare_vocabularies
+from weldment.planning.vocabulary import compare_vocabularies, settle_vocabulary
 from weldment.recipe.recipe import Recipe
+from weldment.vocabulary.writing import with_token_ids
 
 
 def build_plan(
@@ -40,13 +41,13 @@ def build_plan(
     """
     inputs = gather(recipe, models)
     left = sort_tensors(inputs)
+    words = settle_vocabulary(inputs, left, stages)
+    inputs = words.inputs
     sliced, slice_problems = slicing(inputs, left.tensors) if recipe.slices else (None, [])
     made = merge_jobs(inputs, left, _requests(inputs, left, sliced))
-    tokenizer, tokenizer_problems = tokenizer_model(inputs, left.taken, stages)
-    words = compare_vocabularies(inputs) if _merges_embeddings(made.jobs) else VocabularyFindings()
     problems: list[WeldmentError] = [*left.problems, *slice_problems, *_taken_layers(inputs, left, sliced)]
     patterns = check_patterns(inputs, made.jobs)
-    problems += [*made.problems, *tokenizer_problems, *words.problems, *patterns.problems]
+    problems += [*made.problems, *words.problems, *_differences(inputs, made.jobs), *patterns.problems]
     if problems:
         raise joined(PlanError, problems)
     jobs = [*made.jobs, *(copy_job(found, dtype=recipe.dtype) for found in left.taken)]
@@ -61,7 +62,7 @@ def build_plan(
         *left.notes,
         *words.notes,
         *patterns.notes,
-        *file_notes(inputs, side, tokenizer),
+        *file_notes(inputs, side),
     ]
     return Plan(
         recipe=recipe,
@@ -71,9 +72,10 @@ def build_plan(
         jobs=(*jobs, *head_jobs),
         layout=layout_of((*jobs, *head_jobs), shard_bytes),
         ledger=account(models, inputs.participants, [*jobs, *head_jobs], left.dropped),
-        config=_config(inputs, left, sliced, jobs),
+        config=_config(inputs, left, sliced, jobs, words.tokenizer),
         side=side,
-        tokenizer=tokenizer,
+        tokenizer=words.tokenizer,
+        output=words.output,
         heads=heads,
         notes=tuple(dict.fromkeys([*notes, *_size_notes(jobs, shard_bytes)])),
         stages=tuple(stages),
@@ -86,9 +88,11 @@ def _requests(inputs: Inputs, left: Sorted, sliced: Slicing | None) -> Iterable[
     return whole_models(inputs, left.tensors)
 
 
-def _merges_embeddings(jobs: Sequence[TensorJob]) -> bool:
+def _differences(inputs: Inputs, jobs: Sequence[TensorJob]) -> Sequence[PlanError]:
+    """Vocabularies whose rows are merged and not aligned, although they differ."""
     name = input_embedding(job.name for job in jobs)
-    return any(job.name == name and job.action == "merge" and len(set(job.models)) > 1 for job in jobs)
+    is_merged = any(job.name == name and job.action == "merge" and len(set(job.models)) > 1 for job in jobs)
+    return compare_vocabularies(inputs) if is_merged and not inputs.recipe.tokenizer else ()
 
 
 def layout_of(jobs: Iterable[TensorJob], shard_bytes: int) -> Layout:
@@ -148,7 +152,9 @@ def _size_notes(jobs: Sequence[TensorJob], shard_bytes: int) -> list[str]:
     ]
 
 
-def _config(inputs: Inputs, left: Sorted, sliced: Slicing | None, jobs: Sequence[TensorJob]) -> Mapping[str, Any]:
+def _config(
+    inputs: Inputs, left: Sorted, sliced: Slicing | None, jobs: Sequence[TensorJob], tokenizer: Checkpoint
+) -> Mapping[str, Any]:
     """The output's config; empty if there is none to start from."""
     origin = inputs.models[config_model(inputs)]
     config = origin.config
@@ -162,6 +168,8 @@ def _config(inputs: Inputs, left: Sorted, sliced: Slicing | None, jobs: Sequence
     dtype = main_dtype((job.dtype, math.prod(job.shape)) for job in jobs)
     if dtype is not None and (inputs.recipe.dtype or not stated_dtype_holds(origin, dtype)):
         config = with_dtype(config, dtype)
+    if tokenizer is not origin:
+        config = with_token_ids(config, tokenizer.config)
     old, new = _rows(inputs, jobs)
     return config if old == new else with_rows(config, old, new)
 
@@ -171,4 +179,7 @@ def _rows(inputs: Inputs, jobs: Sequence[TensorJob]) -> tuple[int, int]:
     shapes = {job.name: job.shape for job in jobs}
     tensors = inputs.tensors[inputs.reference]
     name = input_embedding(tensors)
-    return (0, 0) if name is None or name not in shapes else (tensors[name].shape[0], shapes[name][0])
+    if name is None or name not in shapes:
+        return 0, 0
+    stored = inputs.models[inputs.reference].tensors[tensors[name].name]
+    return stored.shape[0], shapes[name][0]

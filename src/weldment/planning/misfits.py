@@ -12,6 +12,7 @@ from weldment.errors import PlanError
 from weldment.planning.inputs import Inputs
 from weldment.planning.layers import depths, layer_of
 from weldment.planning.roles import input_embedding
+from weldment.planning.vocabulary import compare_vocabularies
 
 Holder = tuple[str, "TensorEntry | None"]
 """A model and its tensor, None if it has none of that name."""
@@ -122,11 +123,14 @@ class Misfits:
         vocabulary = [name for name, is_rows in rows.items() if is_rows]
         others = [name for name, is_rows in rows.items() if not is_rows]
         problems: list[PlanError] = []
-        if vocabulary:
+        differences = compare_vocabularies(self._inputs) if vocabulary and not self._inputs.recipe.tokenizer else ()
+        if differences:
+            problems += differences
+        elif vocabulary:
             cause = f"different vocabularies: {some(vocabulary)}: {_listed(shapes[vocabulary[0]])}"
             fix = (
-                "Merging rows by position would mix different tokens, and this version does not align vocabularies; "
-                f"bring the models to one vocabulary, or take from one model: {self._take(vocabulary)}"
+                "Merging rows by position would mix different tokens. Align them (`tokenizer: {source: union}`), "
+                f"for which the models need their tokenizers, or take from one model: {self._take(vocabulary)}"
             )
             problems.append(self._problem(cause, fix))
         if others:

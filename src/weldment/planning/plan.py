@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from weldment.checkpoint.layout import Layout
 from weldment.checkpoint.model import Checkpoint, TensorEntry
 from weldment.methods.finish import Finish
 from weldment.recipe.recipe import Recipe
+from weldment.vocabulary.output import Output
 
 Action = Literal["merge", "copy", "agree"]
 Fate = Literal["merged", "copied", "head", "dropped"]
@@ -52,6 +53,12 @@ class TensorJob:
         return tuple(zip(self.models, (*self.sources, *([self.base] if self.base else [])), strict=True))
 
     @property
+    def reads(self) -> Iterator[tuple[str, TensorEntry]]:
+        """Every stored tensor that is read, with its model: rows that models lend each other count as well."""
+        for model, entry in self.inputs:
+            yield from [(model, entry)] if entry.rows is None else entry.rows.sources.values()
+
+    @property
     def read_bytes(self) -> int:
         return sum(entry.read_bytes for _, entry in self.inputs)
 
@@ -64,12 +71,21 @@ class TensorJob:
             "shape": list(self.shape),
             "action": self.action,
             "method": self.method,
-            "sources": [[model, entry.name, entry.dtype] for model, entry in self.inputs[: len(self.sources)]],
-            "base": [self.models[-1], self.base.name, self.base.dtype] if self.base else None,
+            "sources": [_source(model, entry) for model, entry in self.inputs[: len(self.sources)]],
+            "base": _source(self.models[-1], self.base) if self.base else None,
             "parameters": dict(self.parameters),
             "keys": list(self.keys),
             **({"finish": asdict(self.finish)} if self.finish is not None else {}),
         }
+
+
+def _source(model: str, entry: TensorEntry) -> list[Any]:
+    """What a source is, for records: with the rows that it is put together of, if it is."""
+    plain = [model, entry.name, entry.dtype]
+    if entry.rows is None:
+        return plain
+    lenders = {number: [other, found.name, found.dtype] for number, (other, found) in entry.rows.sources.items()}
+    return [*plain, {"rows": entry.rows.place.digest, "from": lenders}]
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class Plan:
         config: of the output; empty if no model has one.
         side: the model whose side files the output gets.
         tokenizer: the model whose tokenizer it gets.
+        output: what is written of that tokenizer anew; None if its files are copied as they are.
         heads: the experts whose heads are kept, by the names of the heads' files.
         notes: what the user should know, one sentence each.
         stages: plans of intermediate merges that this one reads, in the order in which they run.
@@ -108,6 +125,7 @@ class Plan:
     config: Mapping[str, Any]
     side: Checkpoint
     tokenizer: Checkpoint
+    output: Output | None = None
     heads: Mapping[str, Checkpoint] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stages: tuple[Plan, ...] = ()
@@ -141,6 +159,7 @@ class Plan:
             "files": [[file.name, file.size] for file in self.layout.files],
             "config": self.config,
             "stages": [stage.hash for stage in self.stages],
+            **({"tokenizer": self.output.digest} if self.output is not None else {}),
             **({"recalibrate": self.recipe.recalibrate} if self.recipe.recalibrate is not None else {}),
         }
         text = json.dumps(record, sort_keys=True, default=str)

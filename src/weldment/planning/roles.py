@@ -15,6 +15,9 @@ _HEAD = re.compile(r"(^|\.)(lm_head|lm_head\.decoder|embed_out|predictions\.deco
 _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings|backbone\.embeddings?|embedding)\.weight$"
 )
+_TOKEN_BIAS = re.compile(
+    r"(^|\.)(lm_head|lm_head\.decoder|predictions|predictions\.decoder|vocab_projector)\.bias$|(^|\.)final_logits_bias$"
+)
 _COPIES = (
     (re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$"), r"\1shared.weight"),
     (re.compile(r"(^|\.)predictions\.decoder\.bias$"), r"\1predictions.bias"),
@@ -59,6 +62,11 @@ def head_name(tensors: Iterable[str]) -> str | None:
 def is_head(name: str) -> bool:
     """Whether a tensor is an output embedding."""
     return _HEAD.search(name) is not None
+
+
+def is_token_bias(name: str) -> bool:
+    """Whether a tensor is the bias of an output embedding, with an element for each token."""
+    return _TOKEN_BIAS.search(name) is not None
 
 
 def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:

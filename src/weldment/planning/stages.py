@@ -104,7 +104,7 @@ def _needed(plans: Sequence[Plan]) -> set[tuple[str, str]]:
     for plan in reversed(plans):
         for job in plan.jobs:
             if plan is plans[-1] or (not job.file and (str(plan.recipe.name), job.name) in needed):
-                needed |= {(model, entry.name) for model, entry in job.inputs}
+                needed |= {(model, entry.name) for model, entry in job.reads}
     return needed
 
 
@@ -112,7 +112,11 @@ def _relocated(jobs: Iterable[TensorJob], stored: Stored) -> tuple[TensorJob, ..
     """The jobs with the tensors of intermediate merges where they will lie."""
 
     def moved(model: str, entry: TensorEntry) -> TensorEntry:
-        return stored.get((model, entry.name), entry)
+        if entry.rows is None:
+            return stored.get((model, entry.name), entry)
+        lenders = {number: (other, moved(other, found)) for number, (other, found) in entry.rows.sources.items()}
+        place = stored.get((model, entry.name), entry)
+        return replace(entry, file=place.file, offset=place.offset, rows=replace(entry.rows, sources=lenders))
 
     return tuple(
         replace(

@@ -1,106 +1,283 @@
-"""Whether the rows of merged embeddings mean the same tokens in all models.
+"""Whether the rows of merged embeddings mean the same tokens in all models, and how they are made to.
 
-Rows are merged by position. Where a token lies at different rows, that mixes tokens, and the
-merge is refused. Where a row has another name (a reserved token that a chat model renamed) or only
-one model gives it one, the row is still one and the same; that is only said.
+Without `tokenizer` in the recipe rows are merged by position, and vocabularies that differ stop the plan: rows of
+different tokens are never mixed. With it, the rows of all models are put in the order of the output's tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from weldment.checkpoint.model import Checkpoint
-from weldment.errors import PlanError
+from weldment.checkpoint.model import Checkpoint, Rows, TensorEntry
+from weldment.errors import CheckpointError, PlanError, WeldmentError, joined
+from weldment.planning.files import tokenizer_model
 from weldment.planning.inputs import Inputs
-from weldment.planning.roles import head_name, input_embedding
+from weldment.planning.plan import Plan
+from weldment.planning.roles import Tensors, head_name, input_embedding, is_head, is_token_bias
+from weldment.planning.sorting import Sorted
+from weldment.vocabulary.output import Output
+from weldment.vocabulary.rows import Alignment, Counts, Embedded, align
+from weldment.vocabulary.spelling import respelled
+from weldment.vocabulary.tokenizer import (
+    TOKENIZER,
+    Tokenizer,
+    Vocabulary,
+    open_tokenizer,
+    require_tokenizer,
+    vocabulary,
+)
+from weldment.vocabulary.wishes import Wishes
 
-_TOKENIZER = "tokenizer.json"
 _EXAMPLES = 3
-Vocabulary = Mapping[str, int]
-"""Token -> row."""
 
 
 @dataclass(frozen=True)
-class VocabularyFindings:
-    """What comparing the tokenizers brought up."""
+class Words:
+    """The vocabulary of a merge.
 
-    problems: tuple[PlanError, ...] = ()
+    Attributes:
+        inputs: those of the merge, with aligned embeddings.
+        tokenizer: the model whose tokenizer's files the output gets.
+        output: what is written of them anew; None if they are copied as they are.
+    """
+
+    inputs: Inputs
+    tokenizer: Checkpoint
+    output: Output | None = None
+    problems: tuple[WeldmentError, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def compare_vocabularies(inputs: Inputs) -> VocabularyFindings:
-    """Compare the tokenizer of every participant with the first one's, as far as they have a `tokenizer.json`."""
-    raw = {model: content for model in inputs.participants if (content := _tokenizer(inputs.models[model]))}
-    if len(set(raw.values())) < 2:
-        return VocabularyFindings()
-    first, *others = raw
-    rows = {model: vocabulary(content) for model, content in raw.items()}
-    problems = (_moved(inputs, model, first, rows[model], rows[first]) for model in others)
-    notes = (_renamed(model, first, rows[model], rows[first]) for model in others)
-    return VocabularyFindings(tuple(filter(None, problems)), tuple(filter(None, notes)))
-
-
-def _tokenizer(model: Checkpoint) -> bytes | None:
-    """The content of `tokenizer.json`; it is downloaded if need be, for it decides whether the weights are wanted."""
-    if _TOKENIZER not in model.side_files:
-        return None
-    if (path := model.side_path(_TOKENIZER)) is not None:
-        return path.read_bytes()
-    if model.repo is not None and model.revision is not None:
-        from weldment.checkpoint.hub import fetch
-
-        return fetch(model.repo, _TOKENIZER, model.revision).read_bytes()
-    return None
-
-
-def vocabulary(raw: bytes) -> Vocabulary:
-    """The tokens of a `tokenizer.json` with their rows; empty if the file does not tell."""
+def settle_vocabulary(inputs: Inputs, left: Sorted, stages: Sequence[Plan]) -> Words:
+    """Find the output's tokenizer and, if the recipe asks for one, align the embeddings in `left` by token."""
+    recipe = inputs.recipe
+    tokenizer = tokenizer_model(inputs, left.taken, stages)
+    if not recipe.tokenizer and recipe.chat_template is None:
+        return Words(inputs, tokenizer)
+    wishes = _wishes(inputs)
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return {}
-    return {token: row for token, row in _tokens(content) if isinstance(token, str) and isinstance(row, int)}
+        if not recipe.tokenizer:
+            return _with_template(inputs, tokenizer, wishes, stages)
+        return _aligned(inputs, left, wishes, stages)
+    except WeldmentError as error:
+        return Words(inputs, tokenizer, problems=(error,))
 
 
-def _tokens(content: Any) -> Iterator[tuple[Any, Any]]:
-    """Tokens and rows: of the model, then those that were added to it."""
-    if not isinstance(content, dict):
-        return
-    model = content.get("model")
-    listed = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(listed, dict):
-        yield from listed.items()
-    elif isinstance(listed, list):
-        # Unigram models list [token, score] in the order of the rows.
-        yield from ((pair[0], row) for row, pair in enumerate(listed) if isinstance(pair, list) and pair)
-    added = content.get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict):
-            yield token.get("content"), token.get("id")
+def _wishes(inputs: Inputs) -> Wishes:
+    recipe = inputs.recipe
+    key = "tokenizer.source" if recipe.source.get("tokenizer_source") is None else "tokenizer_source"
+    asked = recipe.tokenizer or {}
+    start = recipe.base_model or inputs.experts[0].model
+    return Wishes(asked, recipe.chat_template, recipe.base_model, start, recipe.origin, key)
 
 
-def _moved(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
-    moved = [token for token, row in own.items() if other.get(token, row) != row]
-    if not moved:
-        return None
-    listing = ", ".join(f"{token!r} (row {own[token]} and {other[token]})" for token in moved[:_EXAMPLES])
-    tensors = inputs.tensors[first]
-    names = [name for name in (input_embedding(tensors), head_name(tensors)) if name]
-    return PlanError(
-        f"different vocabularies: {len(moved)} tokens lie at other rows in {model} than in {first}: {listing}",
-        where=inputs.recipe.origin,
-        fix="Merging rows by position would mix different tokens, and this version does not align vocabularies; "
-        f"take what has a row for each token from one model: `take: {json.dumps(dict.fromkeys(names, first))}`",
+def _with_template(inputs: Inputs, tokenizer: Checkpoint, wishes: Wishes, stages: Sequence[Plan]) -> Words:
+    """Another chat template for a tokenizer that stays as it is."""
+    where = f"{inputs.recipe.origin}: chat_template"
+    start = require_tokenizer(tokenizer, where)
+    others = {model: found for model in inputs.models if (found := _tokenizer(inputs, model, stages)) is not None}
+    template = wishes.chat_template({tokenizer.reference: start, **others})
+    return Words(inputs, tokenizer, Output(start, template=template))
+
+
+def _tokenizer(inputs: Inputs, model: str, stages: Sequence[Plan]) -> Tokenizer | None:
+    """A model's tokenizer, or that of an intermediate merge; None if it has none."""
+    stage = next((stage for stage in stages if stage.recipe.name == model), None)
+    if stage is None:
+        return open_tokenizer(inputs.models[model])
+    if stage.output is not None:
+        return stage.output.tokenizer(model)
+    found = open_tokenizer(stage.tokenizer)
+    return None if found is None else replace(found, reference=model)
+
+
+def _aligned(inputs: Inputs, left: Sorted, wishes: Wishes, stages: Sequence[Plan]) -> Words:
+    embeddings = {model: name for model in inputs.models if (name := input_embedding(inputs.tensors[model]))}
+    if not embeddings:
+        cause = "no model has token embeddings that are known by name, so there are no rows to align"
+        raise PlanError(cause, where=f"{inputs.recipe.origin}: tokenizer", fix="Remove `tokenizer`")
+    wishes.chosen(list(embeddings))
+    tokenizers = _required(inputs, embeddings, stages)
+    output = wishes.output(tokenizers)
+    output = replace(output, template=wishes.chat_template(tokenizers))
+    first = output.start.reference
+    order = [first, *(model for model in embeddings if model != first)]
+    models = [
+        Embedded(
+            model,
+            respelled(tokenizers[model], output.start.spelling),
+            inputs.tensors[model][embeddings[model]].shape[0],
+            merged=any(expert.model == model for expert in inputs.experts),
+        )
+        for model in order
+    ]
+    choices, problems = wishes.choices(models)
+    rows = _padded(max(models[0].rows, output.size), wishes.asked.get("pad_to_multiple_of"))
+    alignment = align(output, models, rows, inputs.recipe.base_model, choices)
+    aligner = _Aligner(inputs, alignment, embeddings)
+    tensors = {model: aligner.tensors(model, inputs.tensors[model]) for model in inputs.models}
+    for model, kept in left.tensors.items():
+        left.tensors[model] = aligner.tensors(model, kept)
+    left.taken = [found._replace(entry=aligner.entry(found.model, found.name, found.entry)) for found in left.taken]
+    stage = next((stage for stage in stages if stage.recipe.name == first), None)
+    return Words(
+        replace(inputs, tensors=tensors),
+        inputs.models[first] if stage is None else stage.tokenizer,
+        output,
+        (*problems, *aligner.problems.values()),
+        tuple(_alignment_notes(inputs, alignment, output)),
     )
 
 
-def _renamed(model: str, first: str, own: Vocabulary, other: Vocabulary) -> str | None:
-    there = {row: token for token, row in other.items()}
-    renamed = [token for token, row in own.items() if there.get(row, token) != token and token not in other]
-    if not renamed:
+def _required(inputs: Inputs, models: Iterable[str], stages: Sequence[Plan]) -> dict[str, Tokenizer]:
+    """The tokenizers of models that have embeddings.
+
+    Raises:
+        CheckpointError: with all models that have none.
+    """
+    where = f"{inputs.recipe.origin}: tokenizer"
+    found: dict[str, Tokenizer] = {}
+    problems: list[CheckpointError] = []
+    for model in models:
+        try:
+            found[model] = _tokenizer(inputs, model, stages) or require_tokenizer(inputs.models[model], where)
+        except CheckpointError as error:
+            problems.append(error)
+    if problems:
+        raise joined(CheckpointError, problems)
+    return found
+
+
+def _padded(rows: int, multiple: int | None) -> int:
+    return rows if not multiple else -(-rows // multiple) * multiple
+
+
+class _Aligner:
+    """Gives embeddings the output's rows.
+
+    Args:
+        embeddings: the names of the models' token embeddings, which stand in for a head that is tied to them.
+    """
+
+    def __init__(self, inputs: Inputs, alignment: Alignment, embeddings: Mapping[str, str]) -> None:
+        self._inputs = inputs
+        self._alignment = alignment
+        self._embeddings = embeddings
+        self.problems: dict[str, PlanError] = {}
+
+    def tensors(self, model: str, tensors: Tensors) -> dict[str, TensorEntry]:
+        """The tensors of a model, those that have a row for each token aligned."""
+        return {name: self.entry(model, name, entry) for name, entry in tensors.items()}
+
+    def entry(self, model: str, name: str, entry: TensorEntry) -> TensorEntry:
+        """A tensor, aligned if it has a row for each token of its model and these are not the output's already."""
+        place = self._alignment.maps.get(model)
+        if place is None or model not in self._embeddings:
+            return entry
+        rows = self._inputs.tensors[model][self._embeddings[model]].shape[0]
+        shape = _with_rows(name, entry.shape, rows, self._alignment.rows)
+        if shape is None:
+            return entry
+        sources: dict[int, tuple[str, TensorEntry]] = {}
+        for number in sorted(place.used):
+            lender = self._alignment.models[number]
+            found = entry if lender.reference == model else self._lent(lender.reference, name)
+            if found is None:
+                cause = (
+                    f"{model} gets rows of tokens that it lacks from {lender.reference}, which has no tensor {name!r}"
+                )
+                fix = "Choose another tokenizer, or leave the tensor out with `drop` or `take`"
+                self.problems[name] = PlanError(cause, where=f"{self._inputs.recipe.origin}: tokenizer", fix=fix)
+                return entry
+            if _with_rows(name, found.shape, lender.rows, self._alignment.rows) != shape:
+                return entry  # models of different sizes; the plan says so when it compares shapes
+            sources[number] = (lender.reference, found)
+        return replace(entry, shape=shape, changes=(), rows=Rows(sources, place))
+
+    def _lent(self, model: str, name: str) -> TensorEntry | None:
+        tensors = self._inputs.tensors[model]
+        if name in tensors:
+            return tensors[name]
+        return tensors.get(self._embeddings[model]) if is_head(name) else None
+
+
+def _with_rows(name: str, shape: tuple[int, ...], old: int, new: int) -> tuple[int, ...] | None:
+    """The shape of a tensor with a row or an element for each token, with another number of them; None for others."""
+    if name == input_embedding([name]) or is_head(name):
+        return (new, *shape[1:]) if shape[:1] == (old,) else None
+    if is_token_bias(name) and shape in ((old,), (1, old)):
+        return (*shape[:-1], new)
+    return None
+
+
+def _alignment_notes(inputs: Inputs, alignment: Alignment, output: Output) -> Iterator[str]:
+    start = output.start.reference
+    added = f" and {len(output.new)} tokens more" if output.new else ""
+    yield f"the vocabulary is that of {start}{added}: {len(output.tokens)} tokens in {alignment.rows} rows"
+    for model, counts in alignment.counts.items():
+        if model in alignment.maps and model in inputs.participants:
+            yield f"{model}: {_described(counts)}"
+
+
+def _described(counts: Counts) -> str:
+    parts = [f"{counts.kept} tokens stay at their rows", f"{counts.moved} move"]
+    for lender, count in counts.lent.items():
+        source = {"": "are zeros", "mean": "are means of the models that have them"}.get(lender, f"come from {lender}")
+        parts.append(f"{count} {source}")
+    if counts.unused:
+        parts.append(f"{counts.unused} of its tokens are left out")
+    return ", ".join(part for part in parts if not part.startswith("0 "))
+
+
+def compare_vocabularies(inputs: Inputs) -> tuple[PlanError, ...]:
+    """A problem for each participant whose tokenizer's tokens are not those of the first one that has a tokenizer."""
+    raw = {model: content for model in inputs.participants if (content := _raw(inputs.models[model]))}
+    if len(set(raw.values())) < 2:
+        return ()
+    first, *others = raw
+    rows = {model: vocabulary(content) for model, content in raw.items()}
+    found = (_difference(inputs, model, first, rows[model], rows[first]) for model in others)
+    return tuple(problem for problem in found if problem is not None)
+
+
+def _raw(model: Checkpoint) -> bytes | None:
+    """The content of `tokenizer.json`; it is downloaded if need be, for it decides whether the weights are wanted."""
+    from weldment.checkpoint.side_files import read_side_file
+
+    return read_side_file(model, TOKENIZER)
+
+
+def _difference(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
+    if own == other or not own or not other:
         return None
-    listing = ", ".join(f"{there[own[token]]!r} is {token!r} in {model}" for token in renamed[:_EXAMPLES])
-    return f"{len(renamed)} rows of the embeddings have another token in {model} than in {first}: {listing}"
+    moved = [token for token, row in own.items() if other.get(token, row) != row]
+    more, less = [t for t in own if t not in other], [t for t in other if t not in own]
+    parts = [
+        (moved, f"lie at other rows in {model} than in {first}", lambda t: f"{t!r} (row {own[t]} and {other[t]})"),
+        (more, f"are in {model} alone", lambda t: f"{t!r} (row {own[t]})"),
+        (less, f"are in {first} alone", lambda t: f"{t!r} (row {other[t]})"),
+    ]
+    said = [f"{len(found)} tokens {what}: {_few(found, show)}" for found, what, show in parts if found]
+    return PlanError(
+        f"different vocabularies: {'; '.join(said)}", where=inputs.recipe.origin, fix=_advice(inputs, first, more)
+    )
+
+
+def _few(tokens: Sequence[str], show: Callable[[str], str]) -> str:
+    return ", ".join(show(token) for token in tokens[:_EXAMPLES]) + (", ..." if len(tokens) > _EXAMPLES else "")
+
+
+def _advice(inputs: Inputs, first: str, more: Sequence[str]) -> str:
+    """What can be done about vocabularies that differ."""
+    tensors = inputs.tensors[first]
+    names = [name for name in (input_embedding(tensors), head_name(tensors)) if name]
+    base = "base" if inputs.recipe.base_model is not None else first
+    owner = inputs.recipe.base_model or first
+    left_out = f" and leave {len(more)} tokens out" if more and owner == first else ""
+    return (
+        "Merging rows by position would mix different tokens. Align them by token: `tokenizer: {source: union}` would "
+        f"keep the tokens of all models, `tokenizer: {{source: {base}}}` those of {owner}{left_out}; or "
+        f"take what has a row for each token from one model: `take: {json.dumps(dict.fromkeys(names, first))}`"
+    )

@@ -1,0 +1,1 @@
+"""Tokenizers and what they mean for weights: reading, aligning rows by token, writing, checking."""

@@ -1,0 +1,136 @@
+"""Whether a written tokenizer works, and fits the embeddings beside it; what does not fails the merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weldment.errors import MergeError
+from weldment.vocabulary.output import Output
+from weldment.vocabulary.templates import rendered
+from weldment.vocabulary.tokenizer import TOKENIZER, parsed
+from weldment.vocabulary.writing import GENERATION
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "Zwölf Boxkämpfer jagen Viktor; ça va, déjà vu?",
+    "Съешь ещё этих мягких булок.",
+    "我能吞下玻璃而不伤身体。",
+    "اللغة العربية جميلة",
+    "def f(x):\n    return x ** 2  # 🙂",
+)
+"""Several scripts; what the tokenizer it was made from brings back, this one must bring back."""
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def check_written(folder: Path, output: Output, rows: int) -> None:
+    """Check the tokenizer in a folder.
+
+    Args:
+        output: what it is meant to be.
+        rows: of the embeddings.
+
+    Raises:
+        MergeError: it lies at other rows than the embeddings, or does not treat text as the one it was made from.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / TOKENIZER
+    try:
+        written = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise MergeError(f"the merged tokenizer cannot be loaded: {error}", where=str(path)) from error
+    found = [*_rows(written, output, rows), *_ids(folder, rows), *_special_tokens(written, output)]
+    found += [*_template(written, output), *_texts(written, output)]
+    if found:
+        fix = "Choose another `tokenizer` or `chat_template`"
+        raise MergeError(f"the merged tokenizer is not right: {'; '.join(found)}", where=str(path), fix=fix)
+
+
+def _rows(written: tokenizers.Tokenizer, output: Output, rows: int) -> Iterator[str]:
+    tokens = written.get_vocab(with_added_tokens=True)
+    highest = max(tokens.values(), default=-1)
+    if highest >= rows:
+        yield f"its highest row is {highest}, and the embeddings have {rows} rows"
+    if tokens != output.tokens:
+        moved = [
+            token for token in tokens.keys() | output.tokens.keys() if tokens.get(token) != output.tokens.get(token)
+        ]
+        shown = ", ".join(repr(token) for token in sorted(moved)[:3])
+        yield f"{len(moved)} tokens lie at other rows than their embeddings: {shown}"
+
+
+def _ids(folder: Path, rows: int) -> Iterator[str]:
+    """Ids of special tokens in the configurations that have no row."""
+    for name in ("config.json", GENERATION):
+        path = folder / name
+        config: Mapping[str, Any] = parsed(path.read_bytes()) if path.is_file() else {}
+        for key, value in config.items():
+            numbers = value if isinstance(value, list) else [value]
+            if key.endswith("_token_id") and any(isinstance(n, int) and n >= rows for n in numbers):
+                yield f"{name} says {key} {json.dumps(value)}, and the embeddings have {rows} rows"
+
+
+def _special_tokens(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
+    """Special tokens that do not come back as one token, though the tokenizer that they are from brings them back."""
+    added = parsed(output.json()).get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    broken = [token for token, row in special.items() if not _is_one(written, token, row)]
+    before = _before(output) if broken else None
+    known = output.start.tokens
+    lost = [t for t in broken if before is None or t not in known or _is_one(before, t, known[t])]
+    if lost:
+        yield f"{len(lost)} special tokens are not one token in text: {', '.join(map(repr, lost[:3]))}"
+
+
+def _is_one(tokenizer: tokenizers.Tokenizer, token: str, row: int) -> bool:
+    return tokenizer.encode(token, add_special_tokens=False).ids == [row]
+
+
+def _before(output: Output) -> tokenizers.Tokenizer:
+    """The tokenizer that it was made from."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(output.start.raw.decode("utf-8"))
+
+
+def _template(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
+    from jinja2 import TemplateError
+
+    if output.chat_template is None:
+        return
+    roles = {role: token for role in ROLES if (token := output.start.role(role)) is not None}
+    try:
+        text = rendered(output.chat_template, roles)
+    except (TemplateError, TypeError, ValueError) as error:
+        if output.template is not None:
+            yield f"its chat template cannot be rendered: {error}"
+        return
+    ids = written.encode(text, add_special_tokens=False).ids
+    added = parsed(output.json()).get("added_tokens") or []
+    markers = {
+        token["content"]: token["id"] for token in added if token["content"] in text and len(token["content"]) > 2
+    }
+    split = [token for token, row in markers.items() if row not in ids]
+    if split:
+        yield f"markers of its chat template are not one token: {', '.join(map(repr, split[:3]))}"
+
+
+def _texts(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
+    """Texts that come back no longer."""
+    broken = [text for text in TEXTS if _again(written, text) != text]
+    if broken and output.is_changed:
+        before = _before(output)
+        broken = [text for text in broken if _again(before, text) == text]
+        if broken:
+            yield f"{broken[0]!r} comes back as {_again(written, broken[0])!r}"
+
+
+def _again(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+    return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
