@@ -139,10 +139,16 @@ def _agree_on_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def longest(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, wanted: int | None) -> int:
     """Tokens after which texts are cut: what the network and the tokenizer can take, or fewer if that is wanted."""
-    positions = getattr(network.config, "max_position_embeddings", None) or 1 << 20
-    if network.config.model_type in _OFFSET:
-        positions -= (getattr(network.config, "pad_token_id", None) or 0) + 1
+    positions = positions_of(network) or 1 << 20
     return min(wanted or positions, positions, tokenizer.model_max_length)
+
+
+def positions_of(network: PreTrainedModel) -> int | None:
+    """How many tokens a network has positions for; None if its configuration names no limit."""
+    positions = getattr(network.config, "max_position_embeddings", None)
+    if positions is not None and network.config.model_type in _OFFSET:
+        positions -= (getattr(network.config, "pad_token_id", None) or 0) + 1
+    return positions
 
 
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod"})
