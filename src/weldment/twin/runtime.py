@@ -84,7 +84,9 @@ class Twin:
         """Give the network its methods: those of its class where the class has them, with the same signatures."""
         network: Any = self.network
         for name in ("forward", "generate"):
-            plain = getattr(type(network), name)
+            plain = getattr(type(network), name, None)
+            if plain is None:  # only those write text that can
+                continue
             setattr(network, name, _like(functools.partial(getattr(self, name)), plain.__get__(network)))
         for name in ("route", "weights", "classify", "save_pretrained", "push_to_hub"):
             setattr(network, name, getattr(self, name))
