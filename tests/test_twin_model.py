@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ WEIGHTS = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 0.0], [0.0,
 
 ONE_EACH = torch.eye(3)[[2, 0, 0, 1, 2]]
 
-FAMILIES = {
+FAMILIES: dict[str, list[str]] = {
     "llama": ["model.embed_tokens"],
     "qwen2": ["model.embed_tokens"],
     "qwen3": [],

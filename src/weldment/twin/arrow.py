@@ -59,7 +59,9 @@ class Watch:
         self.parts: list[Tensor] = []
 
     def __call__(self, name: str, x: Tensor) -> None:
-        name = next((spelling for spelling in (name, name.removeprefix(self.prefix)) if spelling in self.router.names), "")
+        name = next(
+            (spelling for spelling in (name, name.removeprefix(self.prefix)) if spelling in self.router.names), ""
+        )
         if name and x.ndim == 3:
             self.parts.append(shares(x, self.router.tensor(name), self.mask))
 

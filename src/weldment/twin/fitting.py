@@ -17,6 +17,9 @@ State = dict[str, Tensor]
 _SHRINKAGE = 0.05
 """The share of the identity, at the mean variance, in the covariance: with few examples it has no inverse."""
 
+_DIRECTIONS = 2048
+"""Distances are measured in no more dimensions: what decides is the square of that many numbers."""
+
 _RATE, _DECAY, _BATCH = 1e-3, 1e-2, 128
 
 
@@ -29,16 +32,31 @@ class Sample:
 
 
 def class_means(sample: Sample, count: int) -> State:
-    """`whitening` W and `centres` c_t = W mu_t, with W' W the inverse of the features' covariance around their means."""
+    """`whitening` W and `centres` c_t = W mu_t, with W' W the inverse of the features' covariance around their means.
+
+    More than `_DIRECTIONS` features are first projected to as many principal directions.
+    """
     x = sample.features.double()
+    directions = _principal(x)
+    x = x if directions is None else x @ directions
     means = torch.stack([x[sample.experts == expert].mean(dim=0) for expert in range(count)])
     rest = x - means[sample.experts]
     covariance = rest.T @ rest / max(1, len(x) - count)
     level = covariance.diagonal().mean().clamp(min=1e-12)
-    identity = torch.eye(len(level.new_empty(x.shape[1])), dtype=x.dtype)
+    identity = torch.eye(x.shape[1], dtype=x.dtype)
     lower = torch.linalg.cholesky((1.0 - _SHRINKAGE) * covariance + _SHRINKAGE * level * identity)
     whitening = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return {"whitening": whitening.float(), "centres": (means @ whitening.T).float()}
+    centres = means @ whitening.T
+    whitening = whitening if directions is None else whitening @ directions.T
+    return {"whitening": whitening.float().contiguous(), "centres": centres.float()}
+
+
+def _principal(x: Tensor) -> Tensor | None:
+    """(hidden, k), orthonormal: the directions in which features (n, hidden) differ most; None if all are kept."""
+    if x.shape[1] <= _DIRECTIONS:
+        return None
+    centred = x - x.mean(dim=0)
+    return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -_DIRECTIONS:]
 
 
 def train_mlp(train: Sample, validation: Sample, count: int, *, width: int, epochs: int, seed: int) -> State:
@@ -108,7 +126,7 @@ def best_temperature(scores: Tensor, experts: Tensor) -> float:
 
 def threshold_of(features: Tensor, state: Mapping[str, Tensor], share: float) -> float:
     """The squared distance per dimension to the nearest centre that a share of the features exceeds."""
-    nearest = distances(features, state["whitening"], state["centres"]).amin(dim=1) / features.shape[1]
+    nearest = distances(features, state["whitening"], state["centres"]).amin(dim=1) / state["whitening"].shape[0]
     return float(nearest.double().quantile(1.0 - share))
 
 

@@ -20,7 +20,7 @@ WEIGHTS = "router.safetensors"
 FORMAT = 1
 KINDS = ("mlp", "centroid", "arrow", "fixed", "uniform")
 BY_FEATURES = ("mlp", "centroid")
-"""Kinds that look at the mean of the shared model's last hidden states."""
+"""Kinds that look at means of the shared model's hidden states."""
 
 _RETRAIN = "Build the bundle again with `weld twin build`"
 
@@ -32,7 +32,8 @@ class RouterConfig:
     Attributes:
         kind: one of `KINDS`.
         experts: their names, in the order of the weights.
-        hidden_size: of the features; None for kinds that see none.
+        hidden_size: of the features of all layers together; None for kinds that see none.
+        layers: whose hidden states they are means of.
         temperature: T of softmax(s / T); calibrated on validation if there were examples.
         top_k: as many experts answer at most; None for all.
         min_weight: smaller weights become 0.
@@ -47,6 +48,7 @@ class RouterConfig:
     kind: str
     experts: tuple[str, ...]
     hidden_size: int | None = None
+    layers: tuple[int, ...] = (-1,)
     temperature: float = 1.0
     top_k: int | None = None
     min_weight: float = 0.01
@@ -93,7 +95,7 @@ class Router(nn.Module):
     Tensors by kind:
         mlp: `mean`, `scale` (hidden,), `first` (width, hidden), `first_bias`, `second` (experts, width), `second_bias`;
             s = second gelu(first (f - mean) / scale + first_bias) + second_bias.
-        centroid: s_t = -|W f - c_t|^2 / 2 with `whitening` W (hidden, hidden) and `centres` c (experts, hidden).
+        centroid: s_t = -|W f - c_t|^2 / 2 with `whitening` W (k, hidden), k <= hidden, and `centres` c (experts, k).
         arrow: a (experts, inputs) matrix of directions for each module, by its name.
     With a threshold, all kinds that see features have `whitening` and `centres`, too.
     """
@@ -148,7 +150,7 @@ class Router(nn.Module):
         weights = thinned(probabilities, self.config.top_k, self.config.min_weight)
         fallback = torch.zeros(rows, device=device)
         if self.config.threshold is not None and seen is not None and self.sees_features:
-            distance = self.distances(seen).amin(dim=1) / seen.shape[1]
+            distance = self.distances(seen).amin(dim=1) / self.tensor("whitening").shape[0]
             fallback = 1.0 - (self.config.threshold / distance).square().clamp(max=1.0)
         return Routing(weights * (1.0 - fallback)[:, None], probabilities, fallback)
 
@@ -210,7 +212,7 @@ def load_router(folder: Path, experts: Sequence[str]) -> Router:
         if number > FORMAT:
             cause = f"the router is of format {number}, and this version reads format {FORMAT}"
             raise CheckpointError(cause, where=str(path), fix="Use a later version of weldment")
-        config = RouterConfig(**{**content, "experts": tuple(content["experts"]), "confusion": _rows(content)})
+        config = RouterConfig(**{**content, **_tuples(content)})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"the router cannot be read: {error!r}", where=str(path), fix=_RETRAIN) from error
     if config.experts != tuple(experts):
@@ -219,8 +221,11 @@ def load_router(folder: Path, experts: Sequence[str]) -> Router:
     return Router(config, read_tensors(folder / WEIGHTS))
 
 
-def _rows(content: Mapping[str, Any]) -> tuple[tuple[int, ...], ...] | None:
-    return None if content.get("confusion") is None else tuple(tuple(row) for row in content["confusion"])
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON keeps as lists."""
+    rows = content.get("confusion")
+    table = None if rows is None else tuple(tuple(row) for row in rows)
+    return {"experts": tuple(content["experts"]), "layers": tuple(content["layers"]), "confusion": table}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -109,13 +109,19 @@ class Twin:
         router, seen = self.router, None
         if router.sees_features or router.config.kind == "arrow":
             with torch.inference_mode(), self.mix.using(None):
-                see = features if router.sees_features else functools.partial(arrow_scores, mix=self.mix, router=router)
-                seen = see(self.network, given)
+                if router.sees_features:
+                    seen = features(self.network, given, router.config.layers)
+                else:
+                    seen = arrow_scores(self.network, given, mix=self.mix, router=router)
             seen = seen.clone()  # what was made in inference mode cannot take part in training
         return router.route(rows, seen, self.network.device)
 
     def routing_of(
-        self, rows: int, *, experts: Names | None = None, expert_weights: Tensor | Sequence[Sequence[float]] | None = None
+        self,
+        rows: int,
+        *,
+        experts: Names | None = None,
+        expert_weights: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> Routing:
         """The routing that is given: experts by name, one for all rows or one for each, or their weights.
 
@@ -351,7 +357,9 @@ def _repeated(routing: Routing, rows: int) -> Routing:
         cause = f"the weights are for {have} rows, and the batch has {rows}"
         raise UserError(cause, fix="Give weights for each row of the batch")
     parts = (routing.weights, routing.probabilities, routing.fallback)
-    return replace(routing, **dict(zip(_PARTS, (part.repeat_interleave(rows // have, 0) for part in parts), strict=True)))
+    return replace(
+        routing, **dict(zip(_PARTS, (part.repeat_interleave(rows // have, 0) for part in parts), strict=True))
+    )
 
 
 _PARTS = ("weights", "probabilities", "fallback")

@@ -15,7 +15,7 @@ from weldment.errors import TaskError, UserError, WeldmentError, joined
 from weldment.evaluation.tasks import Split, Task, load_task
 from weldment.twin.arrow import directions
 from weldment.twin.bundle import ExpertPart
-from weldment.twin.features import features
+from weldment.twin.features import features, spread_layers
 from weldment.twin.fitting import Sample, best_temperature, class_means, one_thread, threshold_of, train_mlp
 from weldment.twin.router import BY_FEATURES, KINDS, Router, RouterConfig, save_router
 
@@ -34,8 +34,8 @@ class RouterSettings:
     """How a router is made.
 
     Attributes:
-        kind: `mlp`: a small network on the mean of the shared model's last hidden states; `centroid`: the nearest mean
-            of those, by Mahalanobis distance; `arrow`: by the experts' factors, without data; `fixed`: always `expert`;
+        kind: `mlp`: a small network on means of the shared model's hidden states; `centroid`: the nearest of their means
+            by expert, by Mahalanobis distance; `arrow`: by the experts' factors, without data; `fixed`: always `expert`;
             `uniform`: all alike.
         data: the task folder of each expert, for `mlp` and `centroid`.
         top_k: as many experts answer at most.
@@ -46,6 +46,7 @@ class RouterSettings:
         min_weight: smaller weights become 0.
         examples: of each expert's train split, drawn at random; a quarter as many of validation.
         max_length: tokens after which examples are cut.
+        layers: `spread`: the means of the embeddings, the middle layer and the last one; `last`: of the last one.
         width: of the network's inner layer.
         epochs: of training, at most.
         seed: of what is drawn, and of the network's first state.
@@ -61,6 +62,7 @@ class RouterSettings:
     min_weight: float = 0.01
     examples: int = 1000
     max_length: int = 128
+    layers: str = "spread"
     width: int = 128
     epochs: int = 60
     seed: int = 0
@@ -70,6 +72,8 @@ class RouterSettings:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"router.{name} is {getattr(self, name)}", fix=f"Give at least {value}")
+        if self.layers not in ("spread", "last"):
+            raise UserError(f"router.layers is {self.layers!r}", fix="Give spread or last")
         if not 0.0 < self.fallback_share < 1.0:
             raise UserError(f"router.fallback_share is {self.fallback_share}", fix="Give a number between 0 and 1")
 
@@ -192,7 +196,7 @@ def _task(name: str, given: str) -> Task:
 def _from_data(
     shared: Path, config: RouterConfig, settings: RouterSettings, tasks: Mapping[str, Task], progress: Progress
 ) -> Router:
-    reader = Reader(shared, settings.max_length, progress)
+    reader = Reader(shared, settings.layers, settings.max_length, progress)
     splits = {split: _drawn(tasks, split, settings) for split in ("train", "validation")}
     train, validation = (_sample(reader, splits[split], split) for split in ("train", "validation"))
     count = len(config.experts)
@@ -210,6 +214,7 @@ def _from_data(
     table = confusion(validation.experts, scores.argmax(dim=1), count)
     known = replace(
         config,
+        layers=reader.layers,
         hidden_size=train.features.shape[1],
         temperature=temperature,
         threshold=threshold,
@@ -260,18 +265,22 @@ class Reader:
 
     Args:
         shared: the model's folder, with its tokenizer.
+        layers: `spread` or `last`.
         max_length: tokens after which texts are cut.
 
     Raises:
         TaskError: there is no tokenizer, or transformers does not know the model.
     """
 
-    def __init__(self, shared: Path, max_length: int, progress: Progress = lambda what, count, total: None) -> None:
+    def __init__(
+        self, shared: Path, layers: str, max_length: int, progress: Progress = lambda what, count, total: None
+    ) -> None:
         from weldment.evaluation.networks import quiet_transformers
         from weldment.evaluation.predicting import longest
 
         with quiet_transformers():
             self.network, self.tokenizer = _loaded(shared)
+        self.layers = spread_layers(self.network) if layers == "spread" else (-1,)
         self._length = longest(self.tokenizer, self.network, max_length)
         self._progress = progress
 
@@ -280,7 +289,7 @@ class Reader:
         from weldment.evaluation.predicting import encode, read_in_batches
 
         def read(inputs: Mapping[str, Any]) -> Tensor:
-            return features(self.network, inputs)
+            return features(self.network, inputs, self.layers)
 
         encoded = encode(self.tokenizer, split, self._length)
         report = lambda count: self._progress(what, count, len(split))  # noqa: E731
