@@ -171,7 +171,9 @@ class Twin:
             count = len(experts) if experts is not None else len(weights) if weights is not None else 0
             self._held = self.routing_of(count, experts=experts, expert_weights=weights)
         try:
-            yield
+            # Parts that are called by themselves, as `generate` calls an encoder, calculate with these weights, too.
+            with self.mix.using(blend_of(self._held.weights, 1)):
+                yield
         finally:
             self._held = before
 
