@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from weldment.twin.training import RouterSettings
 
 FAR = 0.5
-"""Norms of an expert's differences, relative to the shared model's, from which on one base is hardly what they share."""
+"""Norms of an expert's differences, relative to the shared model's, from which on they hardly share a base."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,8 +66,8 @@ def build(
 ) -> Bundle:
     """Build a Twin bundle in the folder `out`, which appears when it is whole.
 
-    theta_shared is merged as the recipe says and stored; of every expert, theta_t - theta_shared is compressed tensor by
-    tensor, and a router is made. A build that was killed leaves `out` as it was, and starts from the beginning.
+    theta_shared is merged as the recipe says and stored; of every expert, theta_t - theta_shared is compressed
+    tensor by tensor, and a router is made. A build that was killed leaves `out` as it was, and starts anew.
 
     Args:
         recipe: a YAML file or its content: an ordinary recipe with a `twin` section.
@@ -226,14 +226,13 @@ class _Build:
         for note in (*notes, *_far(expert, writer)):
             self.progress.message(f"note: {note}")
         place, config = self.folder / EXPERTS / expert.name, expert.model.config
-        labels = config.get("id2label") if expert.head is not None else None
         return {
             "name": expert.name,
             "reference": _public(expert.written),
             "adapter": adapter,
             "changes": changes,
             "head": expert.head is not None,
-            "labels": [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else None,
+            "labels": _labels(config) if expert.head is not None else None,
             "problem_type": config.get("problem_type"),
             "nbytes": sum(path.stat().st_size for path in place.iterdir()),
             "kept": writer.share,
@@ -273,6 +272,15 @@ def _path(file: WeightFile) -> Path:
     return file.path
 
 
+def _labels(config: Mapping[str, Any]) -> list[str] | None:
+    """Of a classifier, by class; transformers writes none down where there are two that have no names."""
+    named = config.get("id2label")
+    if isinstance(named, dict):
+        return [str(named[key]) for key in sorted(named, key=int)]
+    is_classifier = str(next(iter(config.get("architectures") or []), "")).endswith("Classification")
+    return ["LABEL_0", "LABEL_1"] if is_classifier else None
+
+
 def _public(reference: str) -> str:
     """A model's reference; of an absolute path, which is nobody's business, only its last part."""
     return Path(reference).name if Path(reference).expanduser().is_absolute() else reference
@@ -282,7 +290,8 @@ def _far(expert: Expert, writer: ExpertWriter) -> list[str]:
     if writer.before <= 0.0 or (ratio := (writer.energy / writer.before) ** 0.5) < FAR:
         return []
     return [
-        f"{expert.name} differs from the shared model by {ratio:.2f} of that one's norm: do all experts come from one base?"
+        f"{expert.name} differs from the shared model by {ratio:.2f} of that one's norm: "
+        "do all experts come from one base?"
     ]
 
 

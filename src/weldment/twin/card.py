@@ -51,6 +51,6 @@ def bundle_card(planned: TwinPlan, records: Sequence[Mapping[str, Any]]) -> str:
         f"every input; built with weldment {__version__}. Method: Twin-Merging (Lu et al., NeurIPS 2024).",
         "\n".join(["| expert | size | of its squared difference kept |", "| --- | --- | --- |", *rows]),
         _USE,
-        "`twin.json` lists every file with its SHA-256; `weldment.json` has the recipe and accounts for the shared model.",
+        "`twin.json` has the SHA-256 of every file, `weldment.json` the recipe and an account of the shared model.",
     ]
     return "\n\n".join(sections) + "\n"

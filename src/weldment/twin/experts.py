@@ -142,7 +142,7 @@ class ExpertWriter:
         )
 
     def _biases(self) -> Mapping[str, Tensor]:
-        """Differences of biases of layers, which PEFT adds with B's; of no use beside embeddings, where it refuses them."""
+        """Differences of biases of layers, which PEFT adds with B's; it refuses them beside embeddings."""
         found = {name: delta for name, delta in self._small.items() if name.removesuffix(".bias") in self._ranks}
         if not found or self._embeddings:
             return {}
