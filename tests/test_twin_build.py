@@ -139,7 +139,9 @@ def test_heads_stand_beside_their_experts(classifiers: Path, tmp_path: Path) -> 
     bundle = build(recipe_of(classifiers, FULL), tmp_path / "out")
     assert bundle.shared["class"] == "BertModel"
     for part, count in zip(bundle.experts, (2, 3), strict=True):
-        assert part.head is not None and part.head_config is not None and part.labels is not None
+        assert part.head is not None
+        assert part.head_config is not None
+        assert part.labels is not None
         assert len(part.labels) == count
         assert set(load_file(part.head)) == {"classifier.weight", "classifier.bias"}
         assert json.loads(part.head_config.read_text())["architectures"] == ["BertForSequenceClassification"]
@@ -263,7 +265,7 @@ def test_experts_without_a_common_base_are_refused(classifiers: Path, tmp_path: 
     other.save_pretrained(tmp_path / "other")
     recipe = recipe_of(classifiers, FULL)
     recipe["models"][1] = str(tmp_path / "other")
-    with pytest.raises(PlanError, match="different size|different shapes|different vocabularies"):
+    with pytest.raises(PlanError, match=r"different size|different shapes|different vocabularies"):
         build(recipe, tmp_path / "out")
 
 
@@ -281,7 +283,8 @@ def test_the_command_builds_and_refuses_to_overwrite(classifiers: Path, tmp_path
     assert weld("twin", "build", recipe, tmp_path / "out").code == 0
     before = tree(tmp_path / "out")
     found = weld("twin", "build", recipe, tmp_path / "out")
-    assert found.code == 2 and "not empty" in found.err
+    assert found.code == 2
+    assert "not empty" in found.err
     assert tree(tmp_path / "out") == before
     assert weld("verify", tmp_path / "out").code == 0
 
@@ -297,3 +300,29 @@ def test_nan_leaves_nothing(classifiers: Path, tmp_path: Path) -> None:
     found = weld("twin", "build", write_recipe(tmp_path / "r.yml", recipe_of(tmp_path, FULL)), tmp_path / "out")
     assert found.code == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_for_vllm_has_one_rank_and_the_same_products(tmp_path: Path) -> None:
+    save_architecture(tmp_path, "llama")
+    twin = {"exclusive": {"rank": [2, 5]}, "exclude": ["*norm*", "*embed*", "lm_head*"], "router": {"kind": "uniform"}}
+    build(recipe_of(tmp_path, twin), tmp_path / "out")
+    found = weld("twin", "export", tmp_path / "out", tmp_path / "vllm", "--export", "vllm")
+    assert found.code == 0, found.err
+    assert "--max-lora-rank 8 --lora-modules chat=chat code=code" in found.out
+    config = json.loads((tmp_path / "vllm" / "chat" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (5, {})
+    tensors = load_file(tmp_path / "vllm" / "chat" / "adapter_model.safetensors")
+    assert {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in tensors.items()} == {5}
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "vllm" / "model")
+    served = PeftModel.from_pretrained(model, str(tmp_path / "vllm" / "chat")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(served(**INPUTS).logits, with_expert(tmp_path / "out", "chat")(**INPUTS).logits)
+
+
+def test_an_export_names_what_vllm_cannot_hold(classifiers: Path, tmp_path: Path) -> None:
+    build(recipe_of(classifiers, FULL), tmp_path / "out")
+    found = weld("twin", "export", tmp_path / "out", tmp_path / "vllm")
+    assert found.code == 2
+    for words in ("embeddings or an output head", "norms, biases", "a task head"):
+        assert words in found.err
+    assert not (tmp_path / "vllm").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -92,7 +92,7 @@ def _is_turned(piece: Piece) -> bool:
     return piece.transposed or piece.kind == "embedding"
 
 
-def _wanted(piece: Piece) -> dict[str, float | int]:
+def _wanted(piece: Piece) -> dict[str, Any]:
     return {"rank": piece.rank} if piece.rank is not None else {"energy": piece.energy or 1.0}
 
 
