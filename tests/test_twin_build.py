@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
@@ -326,3 +327,55 @@ def test_an_export_names_what_vllm_cannot_hold(classifiers: Path, tmp_path: Path
     for words in ("embeddings or an output head", "norms, biases", "a task head"):
         assert words in found.err
     assert not (tmp_path / "vllm").exists()
+
+
+def test_the_recipe_of_the_guide_says_what_the_defaults_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "guide-twin.md").read_text(encoding="utf-8")
+    written = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    save_classifiers(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    bundle = build(written, "out")
+    assert bundle.names == ("chat", "coder")
+    build({**written, "twin": {}}, "short")
+    names = [name for name in tree(tmp_path / "out") if name.endswith(".safetensors")]
+    assert all(tree(tmp_path / "out")[name] == tree(tmp_path / "short")[name] for name in names)
+
+
+@pytest.mark.parametrize("settings", [{"rank": "auto", "energy": 0.9}, {"rank": [1, 4]}, {"rank": "auto"}])
+def test_amounts_may_be_energies_and_gradients(classifiers: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    bundle = build(recipe_of(classifiers, {"exclusive": settings, "router": {"kind": "uniform"}}), tmp_path / "out")
+    factors = load_file(tmp_path / "out" / "experts" / "chat" / "adapter_model.safetensors")
+    ranks = [factors[f"base_model.model.encoder.layer.{layer}.output.dense.lora_A.weight"].shape[0] for layer in (0, 1)]
+    if settings["rank"] == [1, 4]:
+        assert ranks == [1, 4]
+    else:
+        assert bundle.experts[0].kept == pytest.approx(settings.get("energy", 0.99), abs=0.05)
+
+
+def test_a_killed_build_leaves_out_as_it_was(
+    classifiers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a run left beside OUT is cleared by the next one, which starts anew."""
+    recipe = recipe_of(classifiers, {"router": {"kind": "uniform"}})
+    build(recipe, tmp_path / "out")
+    before = tree(tmp_path / "out")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("weldment.twin.build.compress", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, tmp_path / "out", overwrite=True)
+    assert tree(tmp_path / "out") == before
+    (tmp_path / "out.partial" / "stages").mkdir(parents=True)
+    (tmp_path / "out.partial" / "stages" / "rest").write_text("of a killed run")
+    build({**recipe, "twin": {**recipe["twin"], "exclusive": {"rank": 1}}}, tmp_path / "out", overwrite=True)
+    assert read_bundle(tmp_path / "out").exclusive["rank"] == 1
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_too_little_memory_says_what_is_needed(classifiers: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="The least it needs is"):
+        build(recipe_of(classifiers, FULL), tmp_path / "out", max_memory=10**6)
+    assert not (tmp_path / "out").exists()
