@@ -90,10 +90,18 @@ class Worker:
             if not self.is_working:
                 raise RequestError("the server is stopping", status=503, code="stopping", retry_after=1)
             if len(self._waiting) + len(rows) > most:
+                self._drop_cancelled()
+            if len(self._waiting) + len(rows) > most:
                 cause = f"the queue is full: {len(self._waiting)} of {most} places are taken"
                 raise RequestError(cause, status=429, code="queue_full", fix="Try again later", retry_after=1)
             self._waiting.extend(rows)
             self._changed.notify()
+
+    def _drop_cancelled(self) -> None:
+        """Free the places of rows that nobody waits for any more; with the lock held."""
+        kept = deque(row for row in self._waiting if not row.cancelled)
+        self._metrics.cancelled.inc(len(self._waiting) - len(kept))
+        self._waiting = kept
 
     def _work(self) -> None:
         while self._has_work():
@@ -130,10 +138,9 @@ class Worker:
         left: deque[Row] = deque()
         room = self._batching.rows - len(self._pool) if self._pool.is_open else 0
         with self._changed:
+            self._drop_cancelled()
             for row in self._waiting:
-                if row.cancelled:
-                    self._metrics.cancelled.inc()
-                elif isinstance(row, Question):
+                if isinstance(row, Question):
                     questions.append(row)
                 elif isinstance(row, Writing) and room and _fits(writings, row):
                     writings.append(row)
@@ -162,14 +169,14 @@ class Worker:
                 self._metrics.first_token.observe(time.monotonic() - row.arrived)
 
     def _go_on(self) -> None:
+        self._metrics.cancelled.inc(self._pool.drop_cancelled())
         rows = self._pool.rows
+        if not rows:
+            return
         with _Failing(rows, self._pool):
-            gone = sum(row.cancelled for row in rows)
-            self._metrics.cancelled.inc(gone)
             self._pool.step()
-            if len(rows) > gone:
-                self._metrics.batches.labels("token").observe(len(rows) - gone)
-                self._metrics.tokens.labels("generated").inc(len(rows) - gone)
+            self._metrics.batches.labels("token").observe(len(rows))
+            self._metrics.tokens.labels("generated").inc(len(rows))
 
     def _count(self, mixtures: Sequence[Mixture]) -> None:
         for mixture in mixtures:
@@ -192,8 +199,9 @@ class _Failing:
         _log.error("a batch of %d failed", len(self._rows), exc_info=error)
         if self._pool is not None:
             self._pool.clear()
+        cause = "the model failed to answer; the server's log says why"
         for row in self._rows:
-            row.send(error)
+            row.send(RequestError(cause, status=500, code="internal_error"))
         return True
 
 

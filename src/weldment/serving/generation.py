@@ -86,7 +86,7 @@ class _Author:
             text += self._search.push(self._transcript.rest()) + self._search.rest()
         reason = "stop" if ended or self._search.found else "length" if last else None
         self.row.send(Piece(text, 1, reason, mixture))
-        return reason is None and not self.row.cancelled
+        return reason is None
 
 
 class Pool:
@@ -133,11 +133,14 @@ class Pool:
             self._join([authors[n] for n in going.tolist()], cache, mask, mixed.weights[going])
         return mixed.mixtures
 
+    def drop_cancelled(self) -> int:
+        """Let rows go that nobody waits for any more; returns how many."""
+        before = len(self)
+        self._leave([n for n, author in enumerate(self._authors) if not author.row.cancelled])
+        return before - len(self)
+
     def step(self) -> None:
         """Write the next token of every row; those that end leave."""
-        self._leave([n for n, author in enumerate(self._authors) if not author.row.cancelled])
-        if not self._authors:
-            return
         ids = torch.tensor([[author.token] for author in self._authors], device=self._engine.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=-1)
         logits, self._cache = self._engine.read(ids, self._mask, self._cache, self._weights)
