@@ -418,5 +418,6 @@ def _remember(found: Any, routing: Routing) -> None:
 
 def _cache_of(found: Mapping[str, Any]) -> Any:
     """The key-value cache among inputs or outputs, under the name of this version of transformers or the older one."""
-    cache = next((found[name] for name in ("cache", "past_key_values") if name in found), None)
+    present = list(found)  # asked for by name, the older one would make transformers complain
+    cache = next((found[name] for name in ("cache", "past_key_values") if name in present), None)
     return cache if hasattr(cache, "get_seq_length") else None
