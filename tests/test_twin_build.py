@@ -26,6 +26,9 @@ FULL: dict[str, Any] = {
     "exclude": [],
     "router": {"kind": "uniform"},
 }
+BIASED = ("gpt2", "qwen2")
+"""Models with biases, which PEFT cannot hold beside LoRA layers of embeddings."""
+
 INPUTS = {"input_ids": torch.arange(3, 19).reshape(2, 8)}
 
 
@@ -64,12 +67,12 @@ def with_expert(out: Path, name: str) -> PreTrainedModel:
 def test_at_full_rank_peft_loads_the_expert(tmp_path: Path, name: str) -> None:
     """Linear layers, Conv1D, tied and untied embeddings, norms."""
     experts = save_architecture(tmp_path, name)
-    twin = {**FULL, "exclude": ["*.bias"]} if name in ("gpt2", "qwen2") else FULL
+    twin = {**FULL, "exclude": ["*.bias"]} if name in BIASED else FULL
     out = tmp_path / "out"
     build(recipe_of(tmp_path, twin), out)
     inputs = ARCHITECTURES[name].inputs()
     for expert, folder in zip(experts, ("chat", "code"), strict=True):
-        if name in ("gpt2", "qwen2"):
+        if name in BIASED:
             shared = load_file(out / "model.safetensors")
             biases = {key: value for key, value in shared.items() if key.endswith(".bias")}
             expert.load_state_dict(biases, strict=False)
@@ -85,7 +88,7 @@ def save_classifiers(folder: Path) -> None:
     base = BertModel(BertConfig(**BERT))
     base.save_pretrained(folder / "base")
     for seed, (name, classes) in enumerate({"chat": 2, "code": 3}.items(), 1):
-        expert = BertForSequenceClassification(BertConfig(**BERT, num_labels=classes))
+        expert = BertForSequenceClassification(BertConfig(**{**BERT, "num_labels": classes}))
         expert.bert.load_state_dict(perturbed(base.state_dict(), seed))
         expert.save_pretrained(folder / name)
 
@@ -124,6 +127,26 @@ def test_shared_and_exclusive_give_the_expert_back(classifiers: Path, tmp_path: 
             whole = value + added.get(name, torch.zeros(()))
             torch.testing.assert_close(whole, expert[f"bert.{name}"], atol=1e-5, rtol=1e-5)
         assert part.kept == pytest.approx(1.0)
+
+
+def test_peft_loads_a_bert_expert(classifiers: Path, tmp_path: Path) -> None:
+    """Without LoRA layers of embeddings, PEFT has the biases of linear layers too."""
+    twin = {**FULL, "exclude": ["*embeddings.*.weight", "*embeddings.weight"]}
+    build(recipe_of(classifiers, twin), tmp_path / "out")
+    shared = load_file(tmp_path / "out" / "model.safetensors")
+    expert = BertForSequenceClassification.from_pretrained(classifiers / "chat").bert.eval()
+    expert.load_state_dict(
+        {n: t for n, t in shared.items() if "embeddings" in n and n.endswith("weight")}, strict=False
+    )
+    with torch.no_grad():
+        wanted = expert(**INPUTS).last_hidden_state
+        found = with_expert(tmp_path / "out", "chat")(**INPUTS).last_hidden_state
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_peft_lacks_is_said(classifiers: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", recipe_of(classifiers, FULL))
+    assert "PEFT cannot hold the differences of" in weld("twin", "build", recipe, tmp_path / "out").err
 
 
 def test_the_shared_model_is_task_arithmetic_with_03(classifiers: Path, tmp_path: Path) -> None:
@@ -246,6 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "energy alone": ({"exclusive": {"energy": 0.5}}, "goes with `rank: auto`"),
     "key": ({"exclusiv": {}}, r"twin.exclusiv: there is no key.*Did you mean `exclusive`"),
     "pattern": ({"exclude": ["nothing"]}, "'nothing' fits no tensor"),
+    "unknown data": ({"router": {"kind": "mlp", "data": {"nobody": "."}}}, "there is no expert `nobody`"),
     "unknown expert": ({"router": {"kind": "fixed", "expert": "nobody"}}, "there is no expert `nobody`"),
     "no data": ({"router": {"kind": "mlp"}}, "learns from examples, and there are none"),
     "method": ({"shared": {"merge_method": "tises"}}, r"twin.shared.merge_method: there is no method"),

@@ -281,6 +281,9 @@ def _notes(planned: Plan, pieces: Sequence[Piece]) -> Iterator[str]:
     dense = dict.fromkeys(piece.tensor for piece in pieces if not piece.is_layer and piece.kind == "parameter")
     if dense and any(piece.is_layer for piece in pieces):
         yield f"{some(list(dense))}: no LoRA layer can hold them; their differences are kept whole, and PEFT lacks them"
+    kind = str(next(iter(planned.config.get("architectures") or []), ""))
+    if kind.endswith("ForMaskedLM") and any(piece.kind == "embedding" and piece.is_layer for piece in pieces):
+        yield f"PEFT does not adapt the head of {kind} where it is tied to embeddings; exclude these to have it exact"
     copied = [job.name for job in planned.jobs if not job.file and job.action == "copy" and is_float(job.dtype)]
     if copied:
         yield f"{some(copied)}: copied and not merged, so the same for all experts"
