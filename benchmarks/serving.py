@@ -2,10 +2,10 @@
 
     python benchmarks/serving.py BUNDLE [--requests 2000] [--clients 32] [--rate 100] [--tokens 32] [--texts FILE]
 
-Closed loop: each client sends its next request when the last one is answered. Open loop: requests come at a fixed mean rate
-(exponential gaps, seed 0), however fast they are answered. Then clients in a loop go on over a SIGTERM. The server is a process of its
-own; clients are tasks of this one, and share the machine with it. Bundles of classifiers are asked to classify
-(one text a request), others to complete (greedy).
+Closed loop: each client sends its next request when the last one is answered. Open loop: requests come at a fixed mean
+rate (exponential gaps, seed 0), however fast they are answered. Then clients in a loop go on over a SIGTERM. The server
+is a process of its own; clients are tasks of this one, and share the machine with it. Bundles of classifiers are asked
+to classify (one text a request), others to complete (greedy).
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("openai", reason="the client of OpenAI is not installed")
 
-from serving_bundles import save_reader, save_writer, served  # noqa: E402
-from test_docs import DOCS, blocks  # noqa: E402
-from weldment.cli.twin import serve  # noqa: E402
-from weldment.serving.engine import Engine  # noqa: E402
-from weldment.serving.wire import ClassifyRequest  # noqa: E402
+from serving_bundles import save_reader, save_writer, served
+from test_docs import DOCS, blocks
+from weldment.cli.twin import serve
+from weldment.serving.engine import Engine
+from weldment.serving.wire import ClassifyRequest
 
 GUIDE = DOCS / "guide-serving.md"
 
