@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from weldment.adapters.opening import open_model
 from weldment.errors import TaskError, UserError
-from weldment.evaluation.digests import model_digest
+from weldment.evaluation.comparison.digests import model_digest
+from weldment.evaluation.comparison.lineup import BASE, Entry, Lineup, line_up, plan_all
+from weldment.evaluation.comparison.rows import Comparison, Kind, Row, mean_row, score_row
 from weldment.evaluation.evaluate import Evaluator, Options, Report
 from weldment.evaluation.heads import load_head, load_heads
-from weldment.evaluation.lineup import BASE, Entry, Lineup, line_up, plan_all
-from weldment.evaluation.rows import Comparison, Kind, Row, mean_row, score_row
 from weldment.evaluation.states import Head, ModelState, load_state, merged_state
 from weldment.evaluation.tasks import AnyTask, Task, load_tasks
 from weldment.evaluation.tokenizers import refuse_different

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from html import escape
 
-from weldment.evaluation.charts import Bar, bar_chart, reach
-from weldment.evaluation.rows import AVERAGE, Comparison, Row
+from weldment.evaluation.comparison.charts import Bar, bar_chart, reach
+from weldment.evaluation.comparison.rows import AVERAGE, Comparison, Row
+from weldment.evaluation.comparison.style import STYLE
+from weldment.evaluation.comparison.tables import LEGEND, NOTHING, Cell, Grid, about, grids, short_metric, shown
 from weldment.evaluation.scores import Score
-from weldment.evaluation.style import STYLE
-from weldment.evaluation.tables import LEGEND, NOTHING, Cell, Grid, about, grids, short_metric, shown
 
 MADE_BY = '<meta name="generator" content="weld compare">'
 """By which our own pages are known."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weldment.errors import OutputError
-from weldment.evaluation import page, tables
-from weldment.evaluation.rows import Comparison
+from weldment.evaluation.comparison import page, tables
+from weldment.evaluation.comparison.rows import Comparison
 from weldment.version import __version__
 
 STEM = "comparison"
