@@ -16,7 +16,6 @@ HEAVY = ("torch", "numpy", "yaml", "safetensors", "huggingface_hub", "transforme
 def test_the_public_names_are_these() -> None:
     assert sorted(weldment.__all__) == [
         "CheckpointError",
-        "HubError",
         "METHODS",
         "MergeError",
         "MergeResult",
@@ -25,6 +24,7 @@ def test_the_public_names_are_these() -> None:
         "Plan",
         "PlanError",
         "RecipeError",
+        "TwinModel",
         "UserError",
         "VerificationError",
         "WeldmentError",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from weldment.errors import (
     CheckpointError,
-    HubError,
     MergeError,
     NonFiniteError,
     OutputError,
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
     from weldment.merging import MergeResult, merge, plan
     from weldment.methods import METHODS
     from weldment.planning.plan import Plan
+    from weldment.twin.model import TwinModel
     from weldment.verification import verify
 
 __all__ = [
     "METHODS",
     "CheckpointError",
-    "HubError",
     "MergeError",
     "MergeResult",
     "NonFiniteError",
@@ -44,6 +43,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RecipeError",
+    "TwinModel",
     "UserError",
     "VerificationError",
     "WeldmentError",
@@ -61,6 +61,7 @@ _LAZY = {
     "METHODS": "weldment.methods",
     "MergeResult": "weldment.merging",
     "Plan": "weldment.planning.plan",
+    "TwinModel": "weldment.twin.model",
     "add_weighted_adapter": "weldment.adapters.peft.live",
     "extract": "weldment.extraction",
     "merge": "weldment.merging",

@@ -7,7 +7,8 @@
     │   │   └── HubError     a model on the Hugging Face Hub: missing, gated, offline
     │   ├── PlanError        models and recipe do not fit together
     │   ├── TaskError        an evaluation: tasks, examples, heads, metrics
-    │   └── OutputError      the output folder: not empty, not writable, in use, no space
+    │   ├── OutputError      the output folder: not empty, not writable, in use, no space
+    │   └── RequestError     a request to a server, with the status of HTTP that answers it
     └── MergeError           the merge itself failed: exit code 1
         ├── NonFiniteError   the merge produced NaN or infinity
         └── VerificationError  an output folder is not what its manifest says
@@ -43,7 +44,7 @@ class WeldmentError(Exception):
         return f"{place}{self.cause}{advice}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.cause, self.where, self.fix)
+        return _rebuild, (type(self), self.cause, self.where, self.fix), self.__dict__
 
 
 def _rebuild(kind: type[WeldmentError], cause: str, where: str | None, fix: str | None) -> WeldmentError:
@@ -78,6 +79,34 @@ class TaskError(UserError):
 
 class OutputError(UserError):
     """The output folder cannot be used."""
+
+
+class RequestError(UserError):
+    """A request to a server is refused.
+
+    Args:
+        cause: what is wrong.
+        where: the field of the request at fault.
+        fix: what to do about it.
+        status: of HTTP.
+        code: a word for programs.
+        retry_after: seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(cause, where=where, fix=fix)
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
 
 
 class MergeError(WeldmentError):

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from weldment.cli import compare, extract, merge, methods, plan, search, soup, verify
+from weldment.cli import compare, extract, merge, methods, plan, search, soup, twin, verify
 from weldment.cli import eval as evaluate
 from weldment.cli.console import complain, complain_of_output, interruptible
 from weldment.cli.startup import postpone
@@ -36,6 +36,7 @@ for _name, _command in {
     "soup": soup.command,
 }.items():
     app.command(_name)(interruptible(_command))
+app.add_typer(twin.app)
 
 
 def _version(wanted: bool) -> None:

@@ -54,7 +54,7 @@ def load(
     """
     try:
         network, info = kind.from_pretrained(
-            None, config=config, state_dict=dict(tensors), output_loading_info=True, **{_dtype_word(): dtype}
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, **{dtype_word(): dtype}
         )
     except (RuntimeError, ValueError) as error:
         cause = f"its tensors do not fit {kind.__name__}: {str(error).splitlines()[0]}"
@@ -63,7 +63,7 @@ def load(
     return network
 
 
-def _dtype_word() -> str:
+def dtype_word() -> str:
     """How transformers calls the dtype; without it, it is that of the configuration, which tensors may exceed."""
     from transformers import __version__
 

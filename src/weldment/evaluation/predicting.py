@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from weldment.evaluation.tasks import Split
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 64
@@ -77,13 +78,45 @@ def logits(
     Raises:
         TaskError: texts cannot be padded, or an answer is NaN or infinite.
     """
-    _agree_on_padding(network, tokenizer, name)
     taken = inspect.signature(network.forward).parameters
+
+    def read(inputs: Mapping[str, Any]) -> Tensor:
+        return network(**{name: inputs[name] for name in inputs if name in taken}).logits
+
+    out = read_in_batches(network, tokenizer, encoded, read, name=name, batch=batch, report=report)
+    if not np.isfinite(out).all():
+        cause = f"answers NaN or infinity to {np.count_nonzero(~np.isfinite(out).all(axis=1))} of {len(out)} examples"
+        raise TaskError(cause, where=name, fix="Its activations overflow: use float32, or merge with smaller weights")
+    return out
+
+
+def read_in_batches(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    read: Callable[[Mapping[str, Any]], Tensor],
+    *,
+    name: str = "",
+    batch: int = BATCH,
+    report: Callable[[int], None] = lambda count: None,
+) -> ndarray:
+    """What is read off a network for each example, in the order of the split: (n, ...), float32.
+
+    Args:
+        read: from a padded batch to a tensor with a row for each example; called in inference mode, by several
+            threads on the CPU.
+        name: of the model.
+        report: called with the number of examples that were done since the last call.
+
+    Raises:
+        TaskError: texts cannot be padded.
+    """
+    _agree_on_padding(network, tokenizer, name)
 
     def answer(rows: list[dict[str, Any]]) -> ndarray:
         inputs = tokenizer.pad(rows, return_tensors="pt").to(network.device)
         with torch.inference_mode():
-            return network(**{name: inputs[name] for name in inputs if name in taken}).logits.float().cpu().numpy()
+            return read(inputs).float().cpu().numpy()
 
     parts: list[ndarray] = []
     on_cpu = network.device.type == "cpu"
@@ -91,11 +124,8 @@ def logits(
         for part in mapped(answer, _batches(encoded.inputs, batch, TOKENS if on_cpu else None)):
             parts.append(part)
             report(len(part))
-    out = np.empty((len(encoded), parts[0].shape[-1]), dtype=np.float32)
+    out = np.empty((len(encoded), *parts[0].shape[1:]), dtype=np.float32)
     out[encoded.places] = np.concatenate(parts)
-    if not np.isfinite(out).all():
-        cause = f"answers NaN or infinity to {np.count_nonzero(~np.isfinite(out).all(axis=1))} of {len(out)} examples"
-        raise TaskError(cause, where=name, fix="Its activations overflow: use float32, or merge with smaller weights")
     return out
 
 
@@ -139,10 +169,16 @@ def _agree_on_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def longest(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel, wanted: int | None) -> int:
     """Tokens after which texts are cut: what the network and the tokenizer can take, or fewer if that is wanted."""
-    positions = getattr(network.config, "max_position_embeddings", None) or 1 << 20
-    if network.config.model_type in _OFFSET:
-        positions -= (getattr(network.config, "pad_token_id", None) or 0) + 1
+    positions = positions_of(network) or 1 << 20
     return min(wanted or positions, positions, tokenizer.model_max_length)
+
+
+def positions_of(network: PreTrainedModel) -> int | None:
+    """How many tokens a network has positions for; None if its configuration names no limit."""
+    positions = getattr(network.config, "max_position_embeddings", None)
+    if positions is not None and network.config.model_type in _OFFSET:
+        positions -= (getattr(network.config, "pad_token_id", None) or 0) + 1
+    return positions
 
 
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod"})

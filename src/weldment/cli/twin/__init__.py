@@ -1,0 +1,20 @@
+"""`weld twin`: one small file for each command, heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from weldment.cli.console import interruptible
+from weldment.cli.twin import build
+
+app = typer.Typer(
+    name="twin",
+    help="Twin-Merging: a shared model, small exclusive parts, and a router that mixes them per input.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _command in {
+    "build": build.command,
+}.items():
+    app.command(_name)(interruptible(_command))

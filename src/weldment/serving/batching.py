@@ -1,0 +1,213 @@
+"""The queue, and the one thread that owns the model and makes batches of what waits in it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from weldment.errors import RequestError
+from weldment.serving.classification import Question
+from weldment.serving.generation import Pool, Writing
+from weldment.serving.rows import Row
+
+if TYPE_CHECKING:
+    from weldment.serving.engine import Engine, Mixture
+    from weldment.serving.metrics import Metrics
+
+TOKENS = 8192
+"""Of a batch of inputs, padding included; an input that is longer makes a batch of its own."""
+
+_log = logging.getLogger(__name__)
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How batches are made.
+
+    Attributes:
+        rows: the most of a batch.
+        wait: seconds that the first row waits for others when the model is idle.
+        queue: the most rows that wait.
+    """
+
+    rows: int = 32
+    wait: float = 0.005
+    queue: int = 1024
+
+
+class Worker:
+    """Answers rows, in a thread of its own, until it is stopped; what is queued then is still answered."""
+
+    def __init__(self, engine: Engine, batching: Batching, metrics: Metrics) -> None:
+        self._engine = engine
+        self._batching = batching
+        self._metrics = metrics
+        self._pool = Pool(engine)
+        self._waiting: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="weldment-model", daemon=True)
+        metrics.queued.set_function(lambda: len(self._waiting))
+        metrics.writing.set_function(lambda: len(self._pool))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer what is there, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_working(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue the rows of a request, all or none.
+
+        Raises:
+            RequestError: there is no room for them (429), ever (400), or the server stops (503).
+        """
+        most = self._batching.queue
+        if len(rows) > most:
+            cause = f"the request has {len(rows)} inputs, and at most {most} can wait at once"
+            raise RequestError(cause, where="input", code="too_many_inputs", fix="Send them in several requests")
+        with self._changed:
+            if not self.is_working:
+                raise RequestError("the server is stopping", status=503, code="stopping", retry_after=1)
+            if len(self._waiting) + len(rows) > most:
+                cause = f"the queue is full: {len(self._waiting)} of {most} places are taken"
+                raise RequestError(cause, status=429, code="queue_full", fix="Try again later", retry_after=1)
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while self._has_work():
+            questions, writings = self._take()
+            for batch in batches(questions, self._batching.rows):
+                self._answer(batch)
+            if writings:
+                self._begin(writings)
+            if len(self._pool):
+                self._go_on()
+
+    def _has_work(self) -> bool:
+        """Wait for rows; false if none will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or len(self._pool) or self._stopping)
+            if not len(self._pool):
+                self._gather()
+            return bool(self._waiting) or bool(len(self._pool))
+
+    def _gather(self) -> None:
+        """Let the first row that waits wait a little for others."""
+
+        def is_time() -> bool:
+            return len(self._waiting) >= self._batching.rows or self._stopping or not self._waiting
+
+        if self._waiting:
+            until = self._waiting[0].arrived + self._batching.wait
+            self._changed.wait_for(is_time, max(0.0, until - time.monotonic()))
+
+    def _take(self) -> tuple[list[Question], list[Writing]]:
+        """Questions and prompts that come next; what cannot start yet goes on waiting."""
+        questions: list[Question] = []
+        writings: list[Writing] = []
+        left: deque[Row] = deque()
+        room = self._batching.rows - len(self._pool) if self._pool.is_open else 0
+        with self._changed:
+            for row in self._waiting:
+                if row.cancelled:
+                    self._metrics.cancelled.inc()
+                elif isinstance(row, Question):
+                    questions.append(row)
+                elif isinstance(row, Writing) and room and _fits(writings, row):
+                    writings.append(row)
+                    room -= 1
+                else:
+                    room = 0
+                    left.append(row)
+            self._waiting = left
+        return questions, writings
+
+    def _answer(self, batch: Sequence[Question]) -> None:
+        with _failing(batch):
+            answers = self._engine.answer(batch)
+            self._metrics.read("classify", [row.length for row in batch])
+            self._count([answer.mixture for answer in answers])
+            for row, answer in zip(batch, answers, strict=True):
+                row.send(answer)
+
+    def _begin(self, writings: Sequence[Writing]) -> None:
+        with _failing(writings):
+            mixtures = self._pool.admit(writings)
+            self._metrics.read("prompt", [row.length for row in writings])
+            self._metrics.tokens.labels("generated").inc(len(writings))
+            self._count(mixtures)
+            for row in writings:
+                self._metrics.first_token.observe(time.monotonic() - row.arrived)
+
+    def _go_on(self) -> None:
+        rows = self._pool.rows
+        with _failing(rows, self._pool):
+            gone = sum(row.cancelled for row in rows)
+            self._metrics.cancelled.inc(gone)
+            self._pool.step()
+            if len(rows) > gone:
+                self._metrics.batches.labels("token").observe(len(rows) - gone)
+                self._metrics.tokens.labels("generated").inc(len(rows) - gone)
+
+    def _count(self, mixtures: Sequence[Mixture]) -> None:
+        for mixture in mixtures:
+            self._metrics.experts.labels(mixture.expert or "shared").inc()
+
+
+class _failing:
+    """What goes wrong inside is told to these rows, and the thread lives on; a pool is emptied then."""
+
+    def __init__(self, rows: Sequence[Row], pool: Pool | None = None) -> None:
+        self._rows = rows
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        _log.error("a batch of %d failed", len(self._rows), exc_info=error)
+        if self._pool is not None:
+            self._pool.clear()
+        for row in self._rows:
+            row.send(error)
+        return True
+
+
+def _fits(rows: Sequence[Row], row: Row) -> bool:
+    """Whether a batch of prompts has room for one more."""
+    return not rows or (len(rows) + 1) * max(row.length, *(other.length for other in rows)) <= TOKENS
+
+
+def batches(rows: Sequence[AnyRow], most: int) -> Iterator[list[AnyRow]]:
+    """Batches of rows of similar lengths, the longest first.
+
+    Args:
+        most: rows of a batch; it has fewer if more would exceed `TOKENS`.
+    """
+    batch: list[AnyRow] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        if len(batch) == most or not _fits(batch, row):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
