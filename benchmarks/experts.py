@@ -1,6 +1,6 @@
 """What every static method keeps of real experts: scores of their merges on real tasks.
 
-    python benchmarks/experts.py SHARED --out experts.md [--experts full,lora] [--test 300] [--validation 200]
+    python benchmarks/experts.py SHARED --out experts.md [--experts full,lora] [--test 300] [--validation 150]
 
 SHARED holds `tasks/<task>` and `experts` (see its README). Fully fine-tuned experts are rebuilt in `work/experts`, LoRA
 ones are merged as full models, base+adapter. Every method merges all experts of a kind into one encoder, at its
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WORK / "experts.md")
     parser.add_argument("--experts", default="full,lora")
     parser.add_argument("--test", type=int, default=300, help="examples of each test split")
-    parser.add_argument("--validation", type=int, default=200, help="examples of each validation split")
+    parser.add_argument("--validation", type=int, default=150, help="examples of each validation split")
     parser.add_argument("--first", action="store_true", help="the first examples, not some of the whole split")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="")

@@ -113,11 +113,12 @@ class ExclusiveMatrix(Exclusive):
         super().__init__(name, mix, experts)
         inputs, self.outputs = sizes
         self.embedding = embedding
-        self._keep_factors(factors or {}, inputs)
+        self.keep_factors(factors or {}, inputs)
         self._keep_dense(dense or {}, turned=transposed != embedding)
         self.register_buffer("vectors", stacked(vectors or {}, experts), persistent=False)
 
-    def _keep_factors(self, factors: Mapping[int, Pair], inputs: int) -> None:
+    def keep_factors(self, factors: Mapping[int, Pair], inputs: int) -> None:
+        """Have these factors, and no others."""
         order = sorted(factors)
         a = torch.cat([factors[e][0] for e in order]) if order else torch.empty(0, inputs)
         b = torch.cat([factors[e][1].T for e in order]) if order else torch.empty(0, self.outputs)

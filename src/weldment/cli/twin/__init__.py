@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from weldment.cli.console import interruptible
-from weldment.cli.twin import build
+from weldment.cli.twin import build, eval
 
 app = typer.Typer(
     name="twin",
@@ -16,5 +16,6 @@ app = typer.Typer(
 )
 for _name, _command in {
     "build": build.command,
+    "eval": eval.command,
 }.items():
     app.command(_name)(interruptible(_command))
