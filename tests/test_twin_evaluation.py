@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts as models, their tasks, and the bundle of them, which is exact: `bundle`, of a router that mixes."""
     folder = tmp_path_factory.mktemp("twin_eval")
     wholes = {n: save_classifier(folder / "m" / n, labels=v, seed=s) for s, (n, v) in enumerate(LABELS.items())}
-    shared = copy.deepcopy(wholes["mood"].base_model)
+    shared: Any = copy.deepcopy(wholes["mood"].base_model)
     experts: dict[str, Expert] = {}
     for seed, (name, whole) in enumerate(wholes.items()):
         experts[name] = expert = random_expert(shared, seed, rank=4, skip=("pooler",), scale=0.2)

@@ -54,7 +54,7 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="weldment-model", daemon=True)
-        metrics.queued.set_function(lambda: len(self._waiting))
+        metrics.queued.set_function(lambda: self.waiting)
         metrics.writing.set_function(lambda: len(self._pool))
 
     def start(self) -> None:
@@ -66,6 +66,11 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Rows in the queue."""
+        return len(self._waiting)
 
     @property
     def is_working(self) -> bool:
@@ -140,7 +145,7 @@ class Worker:
         return questions, writings
 
     def _answer(self, batch: Sequence[Question]) -> None:
-        with _failing(batch):
+        with _Failing(batch):
             answers = self._engine.answer(batch)
             self._metrics.read("classify", [row.length for row in batch])
             self._count([answer.mixture for answer in answers])
@@ -148,7 +153,7 @@ class Worker:
                 row.send(answer)
 
     def _begin(self, writings: Sequence[Writing]) -> None:
-        with _failing(writings):
+        with _Failing(writings):
             mixtures = self._pool.admit(writings)
             self._metrics.read("prompt", [row.length for row in writings])
             self._metrics.tokens.labels("generated").inc(len(writings))
@@ -158,7 +163,7 @@ class Worker:
 
     def _go_on(self) -> None:
         rows = self._pool.rows
-        with _failing(rows, self._pool):
+        with _Failing(rows, self._pool):
             gone = sum(row.cancelled for row in rows)
             self._metrics.cancelled.inc(gone)
             self._pool.step()
@@ -171,7 +176,7 @@ class Worker:
             self._metrics.experts.labels(mixture.expert or "shared").inc()
 
 
-class _failing:
+class _Failing:
     """What goes wrong inside is told to these rows, and the thread lives on; a pool is emptied then."""
 
     def __init__(self, rows: Sequence[Row], pool: Pool | None = None) -> None:

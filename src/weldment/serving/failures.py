@@ -99,12 +99,14 @@ def _invalid(error: RequestValidationError) -> RequestError:
 def _misfit(names: list[str], problem: Mapping[str, Any]) -> RequestError:
     if not names:
         return RequestError("the body must be a JSON object", code="invalid_type")
-    place = next(
-        (n for n, name in enumerate(names) if not name.replace("_", "").isalnum() or name in _KINDS), len(names)
-    )
+    place = next((n for n, name in enumerate(names) if _is_branch(name)), None)
     where = ".".join(names[:place])
-    return RequestError(f"{where}: {problem['msg']}", where=where, code="invalid_value")
+    if place is None:
+        return RequestError(f"{where}: {problem['msg']}", where=where, code="invalid_value")
+    cause = f"{where} is of none of the kinds that it may be of"
+    return RequestError(cause, where=where, code="invalid_value", fix="/docs describes them")
 
 
-_KINDS = frozenset({"str", "int", "TextPair"})
-"""How pydantic calls branches of unions, which are no fields."""
+def _is_branch(name: str) -> bool:
+    """Whether pydantic means a branch of a union, which is no field: `str`, `list[int]`, `function-after[...]`."""
+    return name in ("str", "int", "TextPair") or not name.replace("_", "").isalnum()

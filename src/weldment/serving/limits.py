@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weldment.errors import RequestError
 from weldment.serving import failures
@@ -13,7 +13,7 @@ from weldment.serving import failures
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from weldment.serving.metrics import Metrics
+    from weldment.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,12 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class Counted:
-    """Counts requests and measures them, the outermost layer; while the server stops, connections end with an answer."""
+    """Counts and measures requests, the outermost layer; while the server stops, an answer ends its connection."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str], state: Any) -> None:
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
         self._app = app
-        self._metrics = metrics
+        self._service = service
         self._paths = paths
-        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -115,13 +114,17 @@ class Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._state.stopping:
+                if self._service.stopping:
                     message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
-        with self._metrics.in_flight.track_inprogress():
-            try:
-                await self._app(scope, receive, watched)
-            finally:
-                self._metrics.requests.labels(path, str(status)).inc()
-                self._metrics.seconds.labels(path).observe(time.perf_counter() - began)
+        self._service.in_flight += 1
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            # The server gave up waiting for it; clients that leave do not come here.
+            self._service.lost += 1
+            raise
+        finally:
+            self._service.in_flight -= 1
+            self._service.metrics.answered(path, status, time.perf_counter() - began)

@@ -59,6 +59,11 @@ class Metrics:
         self.batches.labels(kind).observe(len(lengths))
         self.tokens.labels("prompt").inc(sum(lengths))
 
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests.labels(path, str(status)).inc()
+        self.seconds.labels(path).observe(seconds)
+
     def text(self) -> bytes:
         """In the format that Prometheus reads."""
         return generate_latest(self.registry)

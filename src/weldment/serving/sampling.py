@@ -35,9 +35,9 @@ def chances(seed: int | None, count: int) -> list[random.Random]:
 def draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
     """The next token of each row.
 
-    A token depends on its row's logits, settings and random numbers alone, not on the other rows: it is the first one at
-    which the cumulative probability exceeds u, over tokens in the vocabulary's order, or by descending probability where
-    top_p leaves some out.
+    A token depends on its row's logits, settings and random numbers alone, not on the other rows: it is the first one
+    at which the cumulative probability exceeds u, over tokens in the vocabulary's order, or by descending probability
+    where top_p leaves some out.
 
     Args:
         logits: (B, V).

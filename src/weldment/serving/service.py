@@ -28,6 +28,7 @@ class Service:
 
     Attributes:
         stopping: no more requests are wanted; those that come are answered as long as the port is open.
+        in_flight: requests without a full answer.
         lost: requests that were cut off because the time to stop was over.
     """
 
@@ -38,14 +39,11 @@ class Service:
         self.worker = Worker(engine, batching, self.metrics)
         self.started = int(time.time())
         self.stopping = False
+        self.in_flight = 0
         self.lost = 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
         # Tokenizers are not made for several threads.
         self._tokenizing = ThreadPoolExecutor(1, "weldment-tokenizer")
-
-    @property
-    def in_flight(self) -> int:
-        """Requests without a full answer."""
-        return int(self.metrics.in_flight._value.get())
 
     def ticket(self) -> Ticket:
         """For a request that comes now."""

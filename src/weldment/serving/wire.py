@@ -31,9 +31,13 @@ class ErrorResponse(BaseModel):
 class Routing(BaseModel):
     """Which experts answered an input."""
 
-    expert: str | None = Field(description="The one with the largest weight; null if the shared model answered alone.")
+    expert: str | None = Field(
+        description="The one with the largest weight; null if the shared model's share is larger."
+    )
     weights: dict[str, float] = Field(description="The weight of each expert's exclusive part.")
-    fallback: bool = Field(description="Whether the input is unlike what the router was trained on.")
+    fallback: float = Field(
+        description="The share that the shared model took back: towards 1 for inputs unlike the router's data."
+    )
 
 
 class _Request(BaseModel):
@@ -93,7 +97,9 @@ class ClassifyResult(BaseModel):
     labels: list[str] | None = Field(None, description="Multi-label heads: the classes with a probability >= 0.5.")
     scores: dict[str, float] | None = Field(description="Probability by class; null for regressions.")
     value: float | None = Field(None, description="Regressions: the predicted number.")
-    expert: str | None = Field(description="The expert with the largest weight; null if the shared model alone.")
+    expert: str | None = Field(
+        description="The expert with the largest weight; null if the shared model's share is larger."
+    )
     routing: Routing | None = Field(None, description="If it was asked for.")
 
 

@@ -88,6 +88,10 @@ class Routing:
     probabilities: Tensor
     fallback: Tensor
 
+    def of(self, rows: list[int]) -> Routing:
+        """That of some rows."""
+        return Routing(self.weights[rows], self.probabilities[rows], self.fallback[rows])
+
 
 class Router(nn.Module):
     """A router; its tensors are buffers in float32, whatever dtype the model is cast to.

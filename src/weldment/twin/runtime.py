@@ -119,7 +119,6 @@ class Twin:
     def routing_of(
         self,
         rows: int,
-        *,
         experts: Names | None = None,
         expert_weights: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> Routing:
@@ -172,7 +171,9 @@ class Twin:
             count = len(experts) if experts is not None else len(weights) if weights is not None else 0
             self._held = self.routing_of(count, experts=experts, expert_weights=weights)
         try:
-            yield
+            # Parts that are called by themselves, as `generate` calls an encoder, calculate with these weights, too.
+            with self.mix.using(blend_of(self._held.weights, 1)):
+                yield
         finally:
             self._held = before
 
@@ -204,11 +205,11 @@ class Twin:
     def _routing(self, given: Mapping[str, Any], rows: int, experts: Names | None, weights: Any) -> Routing:
         if experts is not None or weights is not None:
             return self.routing_of(rows, experts=experts, expert_weights=weights)
-        known = self._held or getattr(given.get("past_key_values"), "twin_routing", None)
+        cache = _cache_of(given)
+        known = self._held or getattr(cache, "twin_routing", None)
         if known is not None:
             return _repeated(known, rows)
-        past = given.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             cause = "there is a key-value cache of tokens that this model was not routed on"
             raise UserError(cause, fix="Use `generate`, or give `experts` or `expert_weights`")
         return self.route(**given)
@@ -283,6 +284,8 @@ class Twin:
     ) -> list[Answer]:
         """The labels and scores of each row's head.
 
+        On the CPU, rows of similar length are calculated together, without most of the padding.
+
         Args:
             inputs: of the network, a tokenizer's output.
             task: the expert whose head speaks, one for all rows or one for each; the first choice of the router if None.
@@ -295,13 +298,25 @@ class Twin:
             raise UserError("the model has no heads to classify with", fix="Build the bundle from classifiers")
         given = {key: value.to(self.network.device) for key, value in inputs.items()}
         rows, _ = _size(given)
+        known = None if experts is None and expert_weights is None else self.routing_of(rows, experts, expert_weights)
+        known = known or (None if self._held is None else _repeated(self._held, rows))
+        speakers = None if task is None else self._places(task, rows)
+        answers: list[Answer | None] = [None] * rows
+        for places in _parts(given.get("attention_mask"), rows, on_cpu=self.network.device.type == "cpu"):
+            heads = None if speakers is None else [speakers[place] for place in places]
+            part = self._classified(_cut(given, places), None if known is None else known.of(places), heads)
+            for place, answer in zip(places, part, strict=True):
+                answers[place] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _classified(self, given: dict[str, Any], known: Routing | None, speakers: list[int] | None) -> list[Answer]:
+        """The answers to rows that are calculated together."""
         with torch.inference_mode():
-            routing = self._routing(given, rows, experts, expert_weights)
-            heads = self._heads(routing, task, rows)
-            assert heads is not None
+            routing = known or self.route(**given)
+            heads = routing.probabilities.argmax(dim=1).tolist() if speakers is None else speakers
             with self.weights(routing):
-                logits = self.network(**given, task=[self.names[head] for head in heads.tolist()]).logits
-        return [self._answer(logits[row], routing, row, head) for row, head in enumerate(heads.tolist())]
+                logits = self.network(**given, task=[self.names[head] for head in heads]).logits
+        return [self._answer(logits[row], routing, row, head) for row, head in enumerate(heads)]
 
     def _answer(self, logits: Tensor, routing: Routing, row: int, head: int) -> Answer:
         outputs = self.outputs[head]
@@ -319,7 +334,36 @@ class Twin:
     push_to_hub = save_pretrained
 
 
-_PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "past_key_values")
+def _parts(mask: Tensor | None, rows: int, *, on_cpu: bool) -> list[list[int]]:
+    """Rows that are calculated together: all of them, or on the CPU, the longest first, not more than some tokens."""
+    if mask is None or not on_cpu:
+        return [list(range(rows))]
+    lengths = mask.sum(dim=1).tolist()
+    order = sorted(range(rows), key=lambda row: -lengths[row])
+    parts: list[list[int]] = []
+    while order:
+        count = max(1, _TOKENS // max(1, int(lengths[order[0]])))
+        parts.append(order[:count])
+        order = order[count:]
+    return parts
+
+
+def _cut(given: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+    found = {key: value[places] for key, value in given.items()}
+    mask = found.get("attention_mask")
+    if mask is None:
+        return found
+    kept = mask.any(dim=0)
+    return {
+        key: value[:, kept] if value.ndim == 2 and value.shape == mask.shape else value for key, value in found.items()
+    }
+
+
+_TOKENS = 1024
+"""Of a part of a batch on the CPU, where larger ones are hardly faster."""
+
+_PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
 
 def _like(function: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,6 +411,12 @@ _PARTS = ("weights", "probabilities", "fallback")
 
 def _remember(found: Any, routing: Routing) -> None:
     """Keep the routing of a prompt with its key-value cache, for the tokens that follow."""
-    cache = found.get("past_key_values") if isinstance(found, dict) else None
-    if cache is not None and hasattr(cache, "get_seq_length"):
+    cache = _cache_of(found) if isinstance(found, dict) else None
+    if cache is not None:
         cache.twin_routing = routing
+
+
+def _cache_of(found: Mapping[str, Any]) -> Any:
+    """The key-value cache among inputs or outputs, under the name of this version of transformers or the older one."""
+    cache = next((found[name] for name in ("cache", "past_key_values") if name in found), None)
+    return cache if hasattr(cache, "get_seq_length") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from weldment.cli.console import interruptible
-from weldment.cli.twin import build, eval
+from weldment.cli.twin import build, eval, serve
 
 app = typer.Typer(
     name="twin",
@@ -17,5 +17,6 @@ app = typer.Typer(
 for _name, _command in {
     "build": build.command,
     "eval": eval.command,
+    "serve": serve.command,
 }.items():
     app.command(_name)(interruptible(_command))
