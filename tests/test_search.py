@@ -156,6 +156,9 @@ def test_the_value_is_the_mean_of_percents_of_the_experts_on_validation() -> Non
     percents = [100 * trial.scores[name] / experts[name] for name in experts]
     assert trial.value == pytest.approx(sum(percents) / 2)
     assert {row.name for row in found.comparison.rows} >= {"yes", "mixed", "base", "plain average"}
+    # Of the experts, what percents are taken of is enough.
+    assert {name: set(found.comparison.row(name).scores) for name in experts} == {"yes": {"yes"}, "mixed": {"mixed"}}
+    assert set(found.comparison.row("base").scores) == {"yes", "mixed"}
 
 
 @pytest.mark.usefixtures("quick")

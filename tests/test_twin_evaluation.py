@@ -165,6 +165,13 @@ def test_other_levels_are_refused(given: str) -> None:
         levels(given)
 
 
+def test_bfloat16_gives_nearly_the_same(place: Path, found: Any) -> None:
+    rough = evaluate_twin(place / "bundle", tasks(place)[:2], dtype="bfloat16")
+    for name in ("mood", "topic"):
+        assert rough.row("oracle").scores[name].value == pytest.approx(found.row("oracle").scores[name].value, abs=0.1)
+    assert rough.row("oracle").nbytes < found.row("oracle").nbytes
+
+
 def test_experts_that_are_gone_are_replaced_by_their_parts(place: Path, tmp_path: Path) -> None:
     import shutil
 

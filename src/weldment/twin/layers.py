@@ -242,7 +242,8 @@ class ExclusiveVectors(Exclusive):
         for row in range(x.shape[0]):
             one = {**own, **{key: value[row] for key, value in rows.items()}}
             expected = torch.func.functional_call(self.plain, one, (x[row : row + 1],))
-            if not torch.allclose(found[row : row + 1].float(), expected.float(), rtol=1e-2, atol=1e-4):
+            rounding = max(1e-4, 4.0 * torch.finfo(x.dtype).eps * float(expected.abs().max()))
+            if not torch.allclose(found[row : row + 1].float(), expected.float(), rtol=1e-2, atol=rounding):
                 cause = f"a {type(module).__name__} cannot have vectors of its own for each row"
                 raise CheckpointError(cause, where=self.name, fix="Build the bundle with this module under `exclude`")
         self.proved = True

@@ -114,6 +114,7 @@ def search(
         base=base,
         experts=experts,
         heads=heads,
+        crossed=False,
         report=messages.report,
         **{**options, "split": "test"},
     )
