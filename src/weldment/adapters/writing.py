@@ -64,7 +64,7 @@ def write_adapter(out: Path, content: AdapterFolder, *, overwrite: bool = False)
 
 
 @dataclass
-class _Gathering:
+class Gathering:
     """A safetensors file in the making: its tensors' bytes, and what its header will say."""
 
     data: IO[bytes]
@@ -104,7 +104,7 @@ class AdapterWriter:
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
         self._staging = Staging(out)
         self._overwrite = overwrite
-        self._files: dict[str, _Gathering] = {}
+        self._files: dict[str, Gathering] = {}
         self._checksums: dict[str, str] = {}
         self._stack = ExitStack()
 
@@ -132,7 +132,7 @@ class AdapterWriter:
     def add(self, name: str, tensor: Tensor, file: str = ADAPTER_WEIGHTS) -> None:
         """Write one tensor, on the CPU, into a file of the folder."""
         if file not in self._files:
-            self._files[file] = _Gathering((self._staging.stages / str(len(self._files))).open("w+b"))
+            self._files[file] = Gathering((self._staging.stages / str(len(self._files))).open("w+b"))
         tensor = tensor.detach().contiguous()
         self._files[file].add(name, tensor)
         checksum = Checksum(tensor.numel(), safetensors_dtype(tensor.dtype))

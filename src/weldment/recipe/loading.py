@@ -31,7 +31,7 @@ def load_recipes(source: Source, *, overrides: Sequence[str] = ()) -> tuple[Reci
     Raises:
         RecipeError: with everything that is wrong.
     """
-    documents, origin = _documents(source)
+    documents, origin = read_documents(source)
     places = _places(documents, origin)
     if overrides:
         nameless = [document for document in documents if document.get("name") is None]
@@ -47,7 +47,12 @@ def load_recipes(source: Source, *, overrides: Sequence[str] = ()) -> tuple[Reci
     return in_order(recipes, origin)
 
 
-def _documents(source: Source) -> tuple[list[dict[str, Any]], str]:
+def read_documents(source: Source) -> tuple[list[dict[str, Any]], str]:
+    """The documents of a recipe, not checked yet and nobody else's, and what to call it in messages.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping.
+    """
     if isinstance(source, (str, Path)):
         origin = str(source)
         documents = parse_documents(read_text(Path(source)), origin)

@@ -187,18 +187,20 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 _BOOST = Parameter("subspace_boost", "", minimum=0.0, maximum=1.0, open_maximum=True)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping of a recipe; keys that it does not know are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """An item of `models`."""
 
     model: Reference
     parameters: Settings = Field(default_factory=dict)
 
 
-class SourceSection(_Section):
+class SourceSection(Section):
     """An item of `slices[].sources`."""
 
     model: Reference
@@ -206,14 +208,14 @@ class SourceSection(_Section):
     parameters: Settings = Field(default_factory=dict)
 
 
-class SliceSection(_Section):
+class SliceSection(Section):
     """An item of `slices`."""
 
     sources: tuple[SourceSection, ...] = Field(min_length=1)
     parameters: Settings = Field(default_factory=dict)
 
 
-class TokenSourceSection(_Section):
+class TokenSourceSection(Section):
     """Where the embedding of one token comes from."""
 
     kind: Literal["zero", "model_token"] | None = None
@@ -222,14 +224,14 @@ class TokenSourceSection(_Section):
     token_id: Annotated[int, Field(strict=True, ge=0)] | None = None
 
 
-class TokenSection(_Section):
+class TokenSection(Section):
     """An item of `tokenizer.tokens`."""
 
     source: Annotated[TokenSourceSection, BeforeValidator(_token_source)]
     force: Annotated[bool, Field(strict=True)] = False
 
 
-class TokenizerSection(_Section):
+class TokenizerSection(Section):
     """`tokenizer`."""
 
     source: Reference | None = None
@@ -237,14 +239,14 @@ class TokenizerSection(_Section):
     pad_to_multiple_of: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
-class LayerScaleSection(_Section):
+class LayerScaleSection(Section):
     """`layer_scale`: factors of the first layer and of the last."""
 
     first: Annotated[float, _number(Parameter("from", "", minimum=0.0))] = Field(alias="from")
     last: Annotated[float, _number(Parameter("to", "", minimum=0.0))] = Field(alias="to")
 
 
-class RecipeSection(_Section):
+class RecipeSection(Section):
     """A whole document."""
 
     merge_method: Annotated[str, BeforeValidator(_method)]
@@ -273,8 +275,11 @@ class RecipeSection(_Section):
 
 
 Whole = TypeVar("Whole", bound=RecipeSection)
+Kind = TypeVar("Kind", bound=Section)
+Sections = Mapping[tuple[str, ...], type[Section]]
+"""The sections of a document, by the keys that lead to them."""
 
-_SECTIONS: dict[tuple[str, ...], type[_Section]] = {
+_SECTIONS: Sections = {
     (): RecipeSection,
     ("models",): ModelSection,
     ("slices",): SliceSection,
@@ -306,22 +311,33 @@ def check_section(
     document: Mapping[str, Any], place: Place, kind: type[Whole]
 ) -> tuple[Whole | None, list[RecipeError]]:
     """The same for documents with more keys."""
+    section, problems = validated(document, place, kind, _SECTIONS)
+    return section, problems if section is None else _contradictions(section, place)
+
+
+def validated(
+    document: Mapping[str, Any], place: Place, kind: type[Kind], sections: Sections
+) -> tuple[Kind | None, list[RecipeError]]:
+    """A mapping as a section, or everything that is wrong with its shape.
+
+    Args:
+        sections: it and those inside it, for advice about unknown keys.
+    """
     try:
         # Unset optional keys (`dtype:` with nothing after it) are as good as absent.
-        section = kind.model_validate({key: value for key, value in document.items() if value is not None})
+        return kind.model_validate({key: value for key, value in document.items() if value is not None}), []
     except ValidationError as error:
         # A list whose items are all wrong is also reported as too short.
         found = [details for details in error.errors() if details["type"] != "too_short" or not details["input"]]
-        return None, [_problem(details, place) for details in found]
-    return section, _contradictions(section, place)
+        return None, [_problem(details, place, sections) for details in found]
 
 
-def _problem(details: ErrorDetails, place: Place) -> RecipeError:
+def _problem(details: ErrorDetails, place: Place, sections: Sections) -> RecipeError:
     steps = details["loc"]
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
         key = str(steps[-1])
-        return place.at(*steps).problem(f"there is no key `{key}`", _key_advice(key, _fields(steps[:-1])))
+        return place.at(*steps).problem(f"there is no key `{key}`", _key_advice(key, _fields(steps[:-1], sections)))
     if kind == "missing":
         return place.at(*steps[:-1]).problem(f"the key `{steps[-1]}` is missing")
     if kind == "too_short":
@@ -341,12 +357,12 @@ def _key_advice(key: str, fields: Sequence[str]) -> str:
     return suggestion(key, fields)
 
 
-def _fields(steps: tuple[int | str, ...]) -> list[str]:
+def _fields(steps: tuple[int | str, ...], sections: Sections) -> list[str]:
     """The keys of the section at these steps; names of tokens are not steps of `_SECTIONS`."""
     keys = tuple(step for step in steps if isinstance(step, str))
     if keys[:2] == ("tokenizer", "tokens"):
         keys = (*keys[:2], *keys[3:])
-    return sorted(field.alias or name for name, field in _SECTIONS[keys].model_fields.items())
+    return sorted(field.alias or name for name, field in sections[keys].model_fields.items())
 
 
 def _contradictions(section: RecipeSection, place: Place) -> list[RecipeError]:

@@ -116,6 +116,11 @@ def _unused(method: Method, name: str, place: Place, findings: Findings) -> None
     findings.problems.append(place.at(name).problem(f"{method.name} has no parameter `{name}`", advice))
 
 
+def read_setting(parameter: Parameter, value: object, place: Place, findings: Findings) -> Any:
+    """One value as a recipe writes it, checked: a scalar, a gradient or a list of {filter, value}."""
+    return _Reader(parameter, parameter.name, findings).setting(value, place)
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads the values of one parameter; `name` is how the recipe spells it."""

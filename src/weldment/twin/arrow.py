@@ -1,7 +1,7 @@
 """Routing without data, by the directions that the experts' factors look for (Arrow).
 
-Source: Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", ICML 2024. There every layer
-of every token is routed by itself; here one decision is made for an input, from all of its tokens and modules.
+Source: Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", ICML 2024. There every
+layer of every token is routed by itself; here one decision is made for an input, from all of its tokens and modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def directions(experts: Sequence[ExpertPart]) -> dict[str, Tensor]:
-    """v_t, the first right singular vector of B_t A_t, of each linear module that all experts change: (experts, inputs).
+    """v_t, the first right singular vector of B_t A_t, of each linear module that all experts change.
+
+    Returns:
+        (experts, inputs) by module.
 
     Raises:
         CheckpointError: there is no such module.

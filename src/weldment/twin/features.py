@@ -6,6 +6,7 @@ that sees the embeddings and the middle layer, too, makes a third fewer mistakes
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,9 @@ def features(network: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequen
         given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in taken:
         given["use_cache"] = False
-    found = backbone(**given, return_dict=True, output_hidden_states=any(layer != -1 for layer in layers))
+    # A backbone without a head is the Twin model itself, whose own `forward` would route again.
+    call = functools.partial(type(network).forward, network) if backbone is network else backbone
+    found = call(**given, return_dict=True, output_hidden_states=any(layer != -1 for layer in layers))
     states = (found.last_hidden_state if layer == -1 else found.hidden_states[layer] for layer in layers)
     return torch.cat([mean_state(state, mask) for state in states], dim=1)
 

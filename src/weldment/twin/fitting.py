@@ -62,8 +62,8 @@ def _principal(x: Tensor) -> Tensor | None:
 def train_mlp(train: Sample, validation: Sample, count: int, *, width: int, epochs: int, seed: int) -> State:
     """A network of two layers on standardised features, by AdamW on the cross-entropy of balanced examples.
 
-    The order of the examples is drawn anew for every epoch. What is kept is the state with the least loss on validation;
-    after five epochs without a better one, training ends.
+    The order of the examples is drawn anew for every epoch. What is kept is the state with the least loss on
+    validation; after five epochs without a better one, training ends.
     """
     chance = torch.Generator().manual_seed(seed)
     mean, scale = train.features.mean(dim=0), train.features.std(dim=0).clamp(min=1e-6)
@@ -108,7 +108,7 @@ def _copied(state: Mapping[str, Tensor]) -> State:
 
 
 def best_temperature(scores: Tensor, experts: Tensor) -> float:
-    """The T of softmax(s / T) with the least mean negative log-likelihood, between 0.05 and 20 times the scores' spread."""
+    """The T of softmax(s / T) with the least negative log-likelihood, between 0.05 and 20 times the scores' spread."""
     spread = float(scores.std().clamp(min=1e-6))
     logarithm = torch.zeros((), dtype=torch.float64, requires_grad=True)
     wide = scores.double() / spread

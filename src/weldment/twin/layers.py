@@ -1,4 +1,4 @@
-"""What experts add to the output of single modules: low-rank products, dense changes, vectors; for every row its own mix.
+"""What experts add to the output of single modules, for every row its own mix: low-rank products, changes, vectors.
 
 A layer is a forward hook of the module whose output it changes, so that the shared model keeps its modules, their
 names and its tensors. Its own tensors are buffers in a child of the module, which follow `.to(...)` and are not saved.
@@ -204,7 +204,7 @@ class ExclusiveVectors(Exclusive):
         self, name: str, mix: Mix, experts: int, *, module: nn.Module, vectors: Mapping[str, Mapping[int, Tensor]]
     ) -> None:
         super().__init__(name, mix, experts)
-        self.plain = copy.deepcopy(module)
+        self._plain = (copy.deepcopy(module),)  # in a tuple, it is no part of the model and of what is saved
         self.changed = tuple(sorted(vectors))
         for key in self.changed:
             self.register_buffer(f"change_{key}", stacked(vectors[key], experts), persistent=False)
@@ -230,7 +230,9 @@ class ExclusiveVectors(Exclusive):
         wide = {key: value.view(value.shape[0], *middle, value.shape[1]) for key, value in rows.items()}
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             return _scaled(module, x, wide)
-        return torch.func.functional_call(self.plain, {**dict(module.named_parameters(recurse=False)), **wide}, (x,))
+        return torch.func.functional_call(
+            self._plain[0], {**dict(module.named_parameters(recurse=False)), **wide}, (x,)
+        )
 
     def _prove(self, module: nn.Module, x: Tensor, rows: Mapping[str, Tensor], found: Tensor) -> None:
         """Compare with the module's own answer for each row with vectors of the usual shape, once.
@@ -241,7 +243,7 @@ class ExclusiveVectors(Exclusive):
         own = dict(module.named_parameters(recurse=False))
         for row in range(x.shape[0]):
             one = {**own, **{key: value[row] for key, value in rows.items()}}
-            expected = torch.func.functional_call(self.plain, one, (x[row : row + 1],))
+            expected = torch.func.functional_call(self._plain[0], one, (x[row : row + 1],))
             rounding = max(1e-4, 4.0 * torch.finfo(x.dtype).eps * float(expected.abs().max()))
             if not torch.allclose(found[row : row + 1].float(), expected.float(), rtol=1e-2, atol=rounding):
                 cause = f"a {type(module).__name__} cannot have vectors of its own for each row"

@@ -109,7 +109,7 @@ class Mix:
 
     @contextmanager
     def watched_by(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Inside, `watch` is told the name and the input of every module that experts change, before anything is added."""
+        """Inside, `watch` is told the name and the input of every module that experts change."""
         self.watch = watch
         try:
             yield

@@ -29,12 +29,12 @@ class TwinModel:
     there is: `experts` (a name for all rows or one for each) or `expert_weights` (rows, experts) of the call, those
     held by `with model.weights(...)`, those that the key-value cache was made with, the router.
 
-    model(..., experts=, expert_weights=, task=): as the class's `forward`. With heads (`task_class`), a row goes through
-        that of `task` (a name or one for each row) or of the router's first choice. With one name the logits are those
-        of that head, (rows, C). Otherwise the logits of all heads stand one after the other, (rows, sum C), and those
-        of other heads than the row's are -inf: softmax and argmax see the row's own alone, and `config.id2label` names
-        them "EXPERT/LABEL". So `pipeline("text-classification")` gives the routed expert's labels. `labels`
-        count within the row's head. The number that a regression gives is its logit.
+    model(..., experts=, expert_weights=, task=): as the class's `forward`. With heads (`task_class`), a row goes
+        through that of `task` (a name or one for each row) or of the router's first choice. With one name the logits
+        are those of that head, (rows, C). Otherwise the logits of all heads stand one after the other, (rows, sum C),
+        and those of other heads than the row's are -inf: softmax and argmax see the row's own alone, and
+        `config.id2label` names them "EXPERT/LABEL". So `pipeline("text-classification")` gives the routed expert's
+        labels. `labels` count within the row's head. The number that a regression gives is its logit.
     model.generate(..., experts=, expert_weights=): as the class's; routed once, on the prompt.
     model.route(input_ids, attention_mask): a `Routing`: `weights`, `probabilities`, `fallback`.
     model.weights(W): a context in which the model does not route.

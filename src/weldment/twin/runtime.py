@@ -34,7 +34,7 @@ class Answer:
     Attributes:
         expert: whose head spoke.
         labels: of that head, in the order of `scores`.
-        scores: probabilities of the labels (softmax; of several labels at once, sigmoid), or the number of a regression.
+        scores: probabilities of the labels (softmax; of several labels at once, sigmoid), or a regression's number.
         weights: of the experts in the network, in the order of `model.expert_names`.
         fallback: the share that the shared model took back, 0 to 1.
     """
@@ -288,7 +288,7 @@ class Twin:
 
         Args:
             inputs: of the network, a tokenizer's output.
-            task: the expert whose head speaks, one for all rows or one for each; the first choice of the router if None.
+            task: the expert whose head speaks, one for all rows or one for each; None for the router's first choice.
             experts, expert_weights: who answers, instead of the router.
 
         Raises:

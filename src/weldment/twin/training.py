@@ -34,9 +34,9 @@ class RouterSettings:
     """How a router is made.
 
     Attributes:
-        kind: `mlp`: a small network on means of the shared model's hidden states; `centroid`: the nearest of their means
-            by expert, by Mahalanobis distance; `arrow`: by the experts' factors, without data; `fixed`: always `expert`;
-            `uniform`: all alike.
+        kind: `mlp`: a small network on means of the shared model's hidden states; `centroid`: the expert whose inputs'
+            mean is nearest, by Mahalanobis distance; `arrow`: by the experts' factors, without data; `fixed`: always
+            `expert`; `uniform`: all alike.
         data: the task folder of each expert, for `mlp` and `centroid`.
         top_k: as many experts answer at most.
         temperature: of the softmax; None to calibrate it on validation (of `arrow`: 1).

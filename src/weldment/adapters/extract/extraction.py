@@ -184,26 +184,40 @@ def adapter_config(layers: Sequence[ExtractedLayer], pairing: Pairing, models: S
         models: the fine-tune and the base.
     """
     finetuned, base = models
-    ranks = Counter(layer.rank for layer in layers)
-    rank = max(ranks, key=lambda r: (ranks[r], r), default=8)
-    pattern = rank_pattern({layer.module: layer.rank for layer in layers}, rank)
     saved = [*pairing.saved, *(name.removesuffix(".weight") for name in pairing.copies)]
     return {
-        "alpha_pattern": pattern,
+        **lora_config({layer.module: layer.rank for layer in layers}, pairing.modules, saved=saved),
         "base_model_name_or_path": base.repo or base.reference,
-        "bias": "none",
         "fan_in_fan_out": pairing.transposed,
+        "revision": base.revision,
+        "task_type": task_type(finetuned.config),
+    }
+
+
+def lora_config(ranks: Mapping[str, int], modules: frozenset[str], *, saved: Sequence[str] = ()) -> dict[str, Any]:
+    """What `adapter_config.json` says of layers whose scale is 1.
+
+    Args:
+        ranks: by module.
+        modules: every module of the model and every part that holds some.
+        saved: modules that are stored whole.
+    """
+    counts = Counter(ranks.values())
+    rank = max(counts, key=lambda r: (counts[r], r), default=8)
+    pattern = rank_pattern(ranks, rank)
+    return {
+        "alpha_pattern": pattern,
+        "bias": "none",
+        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": saved or None,
+        "modules_to_save": list(saved) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": pattern,
-        "revision": base.revision,
-        "target_modules": target_modules([layer.module for layer in layers], pairing.modules),
-        "task_type": _task_type(finetuned),
+        "target_modules": target_modules(list(ranks), modules),
         "use_dora": False,
         "use_rslora": False,
     }
@@ -244,10 +258,10 @@ def target_modules(targets: Sequence[str], modules: frozenset[str]) -> list[str]
     return "|".join(name.replace(".", r"\.") for name in sorted(wanted))
 
 
-def _task_type(model: Checkpoint) -> str | None:
+def task_type(config: Mapping[str, Any]) -> str | None:
     """PEFT's, where it only says how the model is called; for classifiers it also says what is saved whole."""
-    names = model.config.get("architectures") or [""]
+    names = config.get("architectures") or [""]
     if str(names[0]).endswith("ForCausalLM"):
         return "CAUSAL_LM"
-    is_both = str(names[0]).endswith("ForConditionalGeneration") and model.config.get("is_encoder_decoder")
+    is_both = str(names[0]).endswith("ForConditionalGeneration") and config.get("is_encoder_decoder")
     return "SEQ_2_SEQ_LM" if is_both else None

@@ -131,7 +131,7 @@ def pair_up(finetuned: Checkpoint, base: Checkpoint, choice: Choice) -> Pairing:
         notes.append(f"{some(alone)} of the base: the fine-tune has no such tensor, the adapter does not change it")
     if transposed:
         notes.append("matrices are taken to be stored as (inputs, outputs), and the adapter says fan_in_fan_out")
-    copies = _tied_copies(finetuned, [pair.name for pair in pairs if pair.fate == "saved"])
+    copies = tied_copies(finetuned, [pair.name for pair in pairs if pair.fate == "saved"])
     if copies:
         notes.append(f"the token embeddings are saved for {' and '.join(copies)} too, which PEFT would not change")
     return Pairing(pairs, dropped, saved, modules, transposed, copies, tuple(notes))
@@ -183,6 +183,16 @@ class _Sorting:
         return self.choice.fan_in_fan_out or _CONV1D.search(name) is not None
 
 
+def stored_transposed(name: str, model_type: object) -> bool:
+    """Whether a matrix is known to be stored as (inputs, outputs)."""
+    return model_type in CONV1D_MODELS and _CONV1D.search(name) is not None
+
+
+def adapted_by_peft(name: str, model_type: object) -> bool:
+    """False for layers that PEFT refuses to adapt."""
+    return not (model_type in _MAMBA and name.endswith("out_proj.weight"))
+
+
 def _saved_modules(tensors: Iterable[str], modules: frozenset[str], choice: Choice) -> tuple[str, ...]:
     """The modules to store whole, none inside another.
 
@@ -202,7 +212,7 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _tied_copies(model: Checkpoint, saved: Sequence[str]) -> dict[str, str]:
+def tied_copies(model: Checkpoint, saved: Sequence[str]) -> dict[str, str]:
     """Names of tensors that are saved token embeddings under another name, with the name of these."""
     embedding = input_embedding(saved)
     if embedding is None:
