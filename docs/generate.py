@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
+from typer import Typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from weldment.cli import app
@@ -232,6 +233,17 @@ def command_section(name: str, command: Callable[..., None]) -> list[str]:
     return [*lines, *table(("option", "default", "meaning"), rows), ""]
 
 
+def _commands(application: Typer, before: str = "") -> Iterator[tuple[str, Callable[..., None]]]:
+    """The commands with their names, those of groups after the others."""
+    for command in application.registered_commands:
+        if command.name and command.callback:
+            yield f"{before}{command.name}", command.callback
+    for group in application.registered_groups:
+        inner = group.typer_instance
+        if inner is not None:
+            yield from _commands(inner, f"{before}{inner.info.name} ")
+
+
 def cli_page() -> str:
     """`docs/cli.md`."""
     root, help_text = app.registered_callback, app.info.help
@@ -246,9 +258,8 @@ def cli_page() -> str:
         ("130", "interrupted; the same command goes on where it was"),
     ]
     lines = [NOTE, "# Command line", "", escaped(str(help_text)), "", *table(("option", "meaning"), rows), ""]
-    for command in app.registered_commands:
-        if command.name and command.callback:
-            lines += command_section(command.name, command.callback)
+    for name, callback in _commands(app):
+        lines += command_section(name, callback)
     lines += ["## Exit codes", "", *table(("code", "meaning"), codes)]
     return "\n".join(lines) + "\n"
 

@@ -23,9 +23,10 @@ import weldment
 from folders import llama_shapes, write_model
 from models import perturbed
 from weldment.recipe import load_recipes
+from weldment.twin.build import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "recipes"
-RECIPES = sorted(EXAMPLES.glob("*.yml"))
+RECIPES = sorted(path for path in EXAMPLES.glob("*.yml") if path.stem != "twin")
 FULL = [path for path in RECIPES if path.stem != "adapters"]
 LAYERS = 3
 SIZES: dict[str, Any] = {
@@ -144,3 +145,14 @@ def test_a_recipe_of_adapters_makes_an_adapter(tmp_path: Path, monkeypatch: pyte
         before = base(**INPUTS).logits
         after = PeftModel.from_pretrained(base, result.path)(**INPUTS).logits
     assert not torch.allclose(before, after)
+
+
+def test_the_recipe_of_a_bundle_makes_one(
+    kind: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, folder = kind
+    monkeypatch.chdir(folder)
+    bundle = build(EXAMPLES / "twin.yml", tmp_path / "out")
+    assert bundle.names == ("chat", "code")
+    assert all(part.adapter is not None for part in bundle.experts)
+    assert [part.head is not None for part in bundle.experts] == [name == "bert"] * 2

@@ -284,7 +284,7 @@ def _router(section: RouterSection, place: Place) -> Iterator[RecipeError]:
         yield place.at("data").problem(f"the router `{section.kind}` takes no data", fix)
 
 
-def _expert_problems(recipe: TwinRecipe) -> Iterator[RecipeError] | list[RecipeError]:
+def _expert_problems(recipe: TwinRecipe) -> list[RecipeError]:
     """Experts that are not there, or there twice."""
     place, references = recipe.place, [item.model for item in recipe.experts]
     repeated = [reference for reference, times in Counter(references).items() if times > 1]

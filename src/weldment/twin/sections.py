@@ -43,6 +43,12 @@ def _positive(value: object) -> object:
     return float(value)
 
 
+def _not_negative(value: object) -> object:
+    if value == 0 and not isinstance(value, bool):
+        return 0.0
+    return _positive(value)
+
+
 def _folders(value: object) -> object:
     if not isinstance(value, dict):
         raise RefusedError(f"{shown(value)} is not a mapping", "Write the name of each expert with its task folder")
@@ -82,6 +88,13 @@ class RouterSection(Section):
     temperature: Annotated[float | None, BeforeValidator(_positive)] = None
     fallback: Annotated[bool | None, BeforeValidator(_flag)] = None
     seed: Annotated[int | None, _whole(0)] = None
+    fallback_share: Annotated[float | None, BeforeValidator(_positive)] = None
+    min_weight: Annotated[float | None, BeforeValidator(_not_negative)] = None
+    examples: Annotated[int | None, _whole(1)] = None
+    max_length: Annotated[int | None, _whole(1)] = None
+    layers: Text = None
+    width: Annotated[int | None, _whole(1)] = None
+    epochs: Annotated[int | None, _whole(1)] = None
 
 
 class TwinSection(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from weldment.cli.console import interruptible
-from weldment.cli.twin import build, eval, serve
+from weldment.cli.twin import build, eval, export, serve
 
 app = typer.Typer(
     name="twin",
@@ -17,6 +17,7 @@ app = typer.Typer(
 for _name, _command in {
     "build": build.command,
     "eval": eval.command,
+    "export": export.command,
     "serve": serve.command,
 }.items():
     app.command(_name)(interruptible(_command))
