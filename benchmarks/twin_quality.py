@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weldment.twin.build import build
-
 from experts import sources
 from weldment.evaluation.comparison import saving, tables
 from weldment.evaluation.comparison.rows import AVERAGE, Row, score_row
@@ -28,6 +26,7 @@ from weldment.evaluation.evaluate import Evaluator, Options
 from weldment.evaluation.heads import load_heads
 from weldment.evaluation.states import merged_state
 from weldment.evaluation.tasks import load_tasks
+from weldment.twin.build import build
 from weldment.twin.cutting import levels
 from weldment.twin.evaluation import TwinComparison, evaluate_twin
 from weldment.twin.evaluation_page import routes_text, sections
@@ -94,7 +93,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     given = {"limit": options.limit, "max_length": LENGTH, "dtype": options.dtype}
     folders = [tasks / name for name in models]
-    found = evaluate_twin(options.out / "bundle", folders, sweep=levels(options.sweep), **given)
+    found = evaluate_twin(options.out / "bundle", folders, originals=models, sweep=levels(options.sweep), **given)
     found = replace(found, rows=(*found.rows, *static_rows(base, models, tasks, Options(**given))))
     saving.save(found, options.out, list(sections(found)))
     print(tables.as_text(found), *routes_text(found), "", *verdicts(found), f"built in {seconds:.0f} s", sep="\n")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from classifiers import save_classifier, texts
 from twin_bundles import Expert, make_bundle, random_expert
 from weldment.cli import app
-from weldment.errors import TaskError, UserError
+from weldment.errors import CheckpointError, TaskError, UserError
 from weldment.evaluation.comparison.rows import AVERAGE
 from weldment.evaluation.evaluate import evaluate
 from weldment.evaluation.states import ModelState
@@ -182,6 +182,22 @@ def test_experts_that_are_gone_are_replaced_by_their_parts(place: Path, tmp_path
     assert [row.name for row in found.rows] == ["shared", "oracle", "routed", "top 1", "routed head"]
     assert found.relative(found.row("oracle"))[AVERAGE].value == 100.0
     assert any("as the bundle has them" in note for note in found.notes)
+
+
+def test_originals_may_be_said(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    bundle = shutil.copytree(place / "bundle", tmp_path / "bundle")
+    text = (bundle / "twin.json").read_text(encoding="utf-8").replace(f"{place / 'm'}/", "")
+    (bundle / "twin.json").write_text(text, encoding="utf-8")
+    gone = evaluate_twin(bundle, tasks(place)[:1])
+    assert any("the expert 'mood' is not here" in note for note in gone.notes)
+    found = evaluate_twin(bundle, tasks(place)[:1], originals={"mood": str(place / "m" / "mood")})
+    assert found.rows[0].kind == "expert"
+    with pytest.raises(UserError, match="there is no expert 'other'"):
+        evaluate_twin(bundle, tasks(place)[:1], originals={"other": "here"})
+    with pytest.raises(CheckpointError):
+        evaluate_twin(bundle, tasks(place)[:1], originals={"mood": str(tmp_path / "gone")})
 
 
 def test_a_task_without_an_expert_or_with_another_s_is_refused(place: Path, tmp_path: Path) -> None:

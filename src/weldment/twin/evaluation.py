@@ -28,11 +28,11 @@ from weldment.evaluation.predicting import Encoded, encode, longest, read_in_bat
 from weldment.evaluation.scores import Score, score
 from weldment.evaluation.states import ModelState, load_state
 from weldment.evaluation.tasks import AnyTask, Task, load_tasks
-from weldment.twin.bundle import Bundle
+from weldment.twin.bundle import Bundle, ExpertPart
 from weldment.twin.cutting import Cutter, Level
 from weldment.twin.heads import head_config
 from weldment.twin.model import TwinModel
-from weldment.twin.router import thinned
+from weldment.twin.router import thinned, unknown_expert
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -72,19 +72,21 @@ def evaluate_twin(
     tasks: Iterable[str | Path | AnyTask],
     *,
     experts: Mapping[str, str] | None = None,
+    originals: Mapping[str, str] | None = None,
     sweep: Sequence[Level] = (),
     report: Report = lambda what, count, total: None,
     **options: Any,
 ) -> TwinComparison:
     """Scores of a bundle's shared model, of its experts and of the whole, routed in several ways.
 
-    Percents are of the experts that the bundle was made of, if they are still where they were; otherwise of the
-    experts as the bundle has them.
+    Percents are of the experts that the bundle was made of, if they are given or still where the bundle says;
+    otherwise of the experts as the bundle has them.
 
     Args:
         folder: what `weld twin build` wrote, of experts with heads.
         tasks: task folders, files of examples, or ids of datasets on the Hub.
         experts: for a task's name, the name of its expert in the bundle; by default the one of the same name.
+        originals: for an expert's name in the bundle, the model it was made of; bundles do not keep absolute paths.
         sweep: levels that all factors are cut to, each with a row of its own.
         report: told what is scored at the moment.
         options: attributes of `Options`, without `recalibrate`.
@@ -98,7 +100,15 @@ def evaluate_twin(
     )
     bundle: Bundle = model.twin.bundle
     places = _places(evaluator.tasks, bundle, model, experts or {})
-    return _Evaluating(evaluator, model, bundle, places, tuple(sweep)).run()
+    _refuse_unknown(originals or {}, bundle)
+    return _Evaluating(evaluator, model, bundle, places, tuple(sweep), originals or {}).run()
+
+
+def _refuse_unknown(originals: Mapping[str, str], bundle: Bundle) -> None:
+    """UserError for the original of an expert that the bundle does not have."""
+    for name in originals:
+        if name not in bundle.names:
+            raise unknown_expert(name, bundle.names)
 
 
 def _places(tasks: Sequence[AnyTask], bundle: Bundle, model: Any, given: Mapping[str, str]) -> dict[str, int]:
@@ -156,6 +166,7 @@ class _Evaluating:
     bundle: Bundle
     places: Mapping[str, int]
     levels: tuple[Level, ...]
+    originals: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> TwinComparison:
@@ -175,7 +186,7 @@ class _Evaluating:
         try:
             for task in self._tasks:
                 expert = self.bundle.experts[self.places[task.name]]
-                state = replace(load_state(expert.reference), name=expert.name)
+                state = replace(self._original(expert), name=expert.name)
                 start = time.perf_counter()
                 scores = {task.name: self.evaluator.score(state, task, {})}
                 spent = time.perf_counter() - start
@@ -187,9 +198,23 @@ class _Evaluating:
                     evaluation_seconds=row.evaluation_seconds + spent,
                 )
         except (CheckpointError, HubError) as error:
+            if self.originals:
+                raise
             self.notes.append(f"percents are of the experts as the bundle has them, since one is missing: {error}")
             return []
         return list(rows.values())
+
+    def _original(self, expert: ExpertPart) -> ModelState:
+        """The model that an expert was made of.
+
+        Raises:
+            CheckpointError: it is not where the bundle says; a name alone is what is left of an absolute path.
+        """
+        given = self.originals.get(expert.name, expert.reference)
+        if expert.name not in self.originals and "/" not in given and not Path(given).exists():
+            fix = f"Say where it is: --original {expert.name}=MODEL"
+            raise CheckpointError(f"the expert {expert.name!r} is not here", where=given, fix=fix)
+        return load_state(given)
 
     def _read(self, task: Task) -> _Read:
         """Every way to answer, batch by batch, after one look at whom the router chooses."""

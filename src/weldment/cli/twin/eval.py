@@ -37,6 +37,10 @@ def command(
         list[str],
         typer.Option(metavar="TASK=NAME", help="The expert of a task; by default the one of the task's name."),
     ] = [],  # noqa: B006  (typer copies it)
+    original: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=MODEL", help="The model that an expert was made of, if it is not where it was."),
+    ] = [],  # noqa: B006  (typer copies it)
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +78,7 @@ def command(
 
     wanted = () if sweep is None else levels(sweep)
     experts = parse_heads(expert, "--expert")
+    originals = parse_heads(original, "--original")
     if out is not None:
         saving.check_folder(out, overwrite=overwrite)
     with scoring(quiet) as report:
@@ -81,6 +86,7 @@ def command(
             bundle,
             task,
             experts=experts,
+            originals=originals,
             sweep=wanted,
             report=report,
             split=split,
