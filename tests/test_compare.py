@@ -20,11 +20,11 @@ from lora_folders import write_lora
 from models import BERT, perturbed
 from weldment import merge
 from weldment.errors import PlanError, TaskError, UserError
-from weldment.evaluation.compare import compare
+from weldment.evaluation.comparison.compare import compare
+from weldment.evaluation.comparison.lineup import ARITHMETIC, AVERAGED, line_up
+from weldment.evaluation.comparison.rows import AVERAGE, Comparison, Row, mean_row, score_row
 from weldment.evaluation.evaluate import Evaluator, evaluate
 from weldment.evaluation.heads import load_head
-from weldment.evaluation.lineup import ARITHMETIC, AVERAGED, line_up
-from weldment.evaluation.rows import AVERAGE, Comparison, Row, mean_row, score_row
 from weldment.evaluation.scores import Score
 from weldment.evaluation.states import load_state, merged_state
 from weldment.evaluation.tasks import load_task

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from weldment.errors import OutputError
-from weldment.evaluation.charts import Bar, Scale, bar_chart, reach
-from weldment.evaluation.page import as_page
-from weldment.evaluation.rows import Comparison, Row
-from weldment.evaluation.saving import check_folder, save
+from weldment.evaluation.comparison.charts import Bar, Scale, bar_chart, reach
+from weldment.evaluation.comparison.page import as_page
+from weldment.evaluation.comparison.rows import Comparison, Row
+from weldment.evaluation.comparison.saving import check_folder, save
+from weldment.evaluation.comparison.tables import as_csv, as_markdown, as_text
 from weldment.evaluation.scores import Score
-from weldment.evaluation.tables import as_csv, as_markdown, as_text
 
 NASTY = "<b>|a&b"
 

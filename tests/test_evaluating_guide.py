@@ -19,7 +19,7 @@ from folders import weld
 from models import perturbed
 from test_docs import DOCS, PAGES, blocks, name_of, run_python
 from weldment.cli import app
-from weldment.evaluation.search_space import load_space
+from weldment.evaluation.search.space import load_space
 
 GUIDE = DOCS / "guide-evaluating.md"
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "long", "short"]

@@ -25,10 +25,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from adapter_folders import adapter
 from folders import tree, weld
 from weldment import NonFiniteError, OutputError, PlanError, UserError, WeldmentError, merge, plan, verify, writing
-from weldment.evaluation import recalibration, unlabelled
 from weldment.evaluation.evaluate import evaluate
 from weldment.evaluation.networks import whole_network
-from weldment.evaluation.recalibration import batch_norms, measured, recalibrated
+from weldment.evaluation.recalibration import recalibration, unlabelled
+from weldment.evaluation.recalibration.recalibration import batch_norms, measured, recalibrated
 from weldment.evaluation.states import ModelState, load_state, merged_state
 from weldment.evaluation.tasks import load_task
 

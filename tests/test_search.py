@@ -23,13 +23,13 @@ from classifiers import WORDS, save_tokenizer, write_task
 from folders import weld
 from models import BERT
 from weldment.errors import MergeError, OutputError, PlanError, RecipeError, TaskError, UserError
-from weldment.evaluation import search_trials
+from weldment.evaluation.comparison.rows import Comparison
 from weldment.evaluation.evaluate import evaluate
-from weldment.evaluation.rows import Comparison
-from weldment.evaluation.search import Messages, SearchResult, Trial, search
-from weldment.evaluation.search_samplers import sampler_of
-from weldment.evaluation.search_space import load_space
-from weldment.evaluation.search_study import open_study, shown_storage
+from weldment.evaluation.search import trials
+from weldment.evaluation.search.samplers import sampler_of
+from weldment.evaluation.search.search import Messages, SearchResult, Trial, search
+from weldment.evaluation.search.space import load_space
+from weldment.evaluation.search.study import open_study, shown_storage
 
 LAMBDA = "parameters.lambda"
 EMPTY = Comparison(tasks=(), metrics={}, examples={}, rows=())
@@ -97,7 +97,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(folder: Path, tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches without the table at the end; tables are in the storage already."""
     shutil.copy(tables, folder / "demo.search.db")
-    monkeypatch.setattr("weldment.evaluation.search.compare", lambda *given, **options: EMPTY)
+    monkeypatch.setattr("weldment.evaluation.search.search.compare", lambda *given, **options: EMPTY)
 
 
 def arithmetic(scale: Any, **keys: Any) -> dict[str, Any]:
@@ -156,6 +156,9 @@ def test_the_value_is_the_mean_of_percents_of_the_experts_on_validation() -> Non
     percents = [100 * trial.scores[name] / experts[name] for name in experts]
     assert trial.value == pytest.approx(sum(percents) / 2)
     assert {row.name for row in found.comparison.rows} >= {"yes", "mixed", "base", "plain average"}
+    # Of the experts, what percents are taken of is enough.
+    assert {name: set(found.comparison.row(name).scores) for name in experts} == {"yes": {"yes"}, "mixed": {"mixed"}}
+    assert set(found.comparison.row("base").scores) == {"yes", "mixed"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -210,13 +213,13 @@ def test_processes_with_one_storage_share_the_trials() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_point_that_was_tried_is_not_merged_again(monkeypatch: pytest.MonkeyPatch) -> None:
     merged: list[str] = []
-    real = search_trials.merged_state
+    real = trials.merged_state
 
     def counted(recipe: Any, name: str) -> Any:
         merged.append(name)
         return real(recipe, name)
 
-    monkeypatch.setattr(search_trials, "merged_state", counted)
+    monkeypatch.setattr(trials, "merged_state", counted)
     found = search(arithmetic({"choices": [0.0, 1.0]}), ["tasks/yes"], trials=6, sampler="random")
     assert len(found.trials) == 6
     assert len(merged) == len(set(values(found.trials))) == 2
@@ -279,7 +282,7 @@ def test_a_trial_that_a_mistake_or_a_second_ctrl_c_cut_short_is_not_counted(monk
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_trials, "merged_state", refused)
+        patch.setattr(trials, "merged_state", refused)
         with pytest.raises(PlanError, match="do not fit"):
             search(file_of(STEPS), ["tasks/yes"], trials=5, sampler="grid")
     with pytest.raises(KeyboardInterrupt):
@@ -442,13 +445,13 @@ def test_the_command_prints_a_line_for_each_trial_and_the_table() -> None:
 
 
 def test_the_command_ends_with_130_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = search_trials.merged_state
+    real = trials.merged_state
 
     def pressed(recipe: Any, name: str) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(recipe, name)
 
-    monkeypatch.setattr(search_trials, "merged_state", pressed)
+    monkeypatch.setattr(trials, "merged_state", pressed)
     result = weld("search", file_of(STEPS), "--task", "tasks/yes", "--trials", 3)
     assert result.code == 130
     assert "interrupted: 1 of 3 trials are done; run the same command again to go on" in result.err

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from models import decoder_config, decoder_state, perturbed, save_state
 from weldment.errors import RecipeError, UserError
-from weldment.evaluation.search_marks import Choices, Range
-from weldment.evaluation.search_space import MOST_CORNERS, load_space, point
+from weldment.evaluation.search.marks import Choices, Range
+from weldment.evaluation.search.space import MOST_CORNERS, load_space, point
 from weldment.recipe import load_recipes
 
 

@@ -20,10 +20,10 @@ import weldment
 from folders import tree, weld
 from models import BERT, perturbed, read_state, save_state
 from weldment.errors import OutputError, TaskError, UserError
-from weldment.evaluation import soup as soups
 from weldment.evaluation.evaluate import evaluate
-from weldment.evaluation.running_mean import RunningMean
-from weldment.evaluation.soup import SoupResult, checked_plan, recipe_of, soup
+from weldment.evaluation.soups import soup as soups
+from weldment.evaluation.soups.running_mean import RunningMean
+from weldment.evaluation.soups.soup import SoupResult, checked_plan, recipe_of, soup
 from weldment.evaluation.states import load_state
 
 WORDS = [f"w{number}" for number in range(90)]

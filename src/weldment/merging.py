@@ -223,7 +223,7 @@ def merge_in_memory(
     for (file, name), tensor in execute_in_memory(planned, machine, block).items():
         (heads[PurePath(file).stem] if file else tensors)[name] = tensor
     if planned.recipe.recalibrate is not None:
-        from weldment.evaluation.recalibration import merge_statistics
+        from weldment.evaluation.recalibration.recalibration import merge_statistics
 
         tensors |= merge_statistics(planned, tensors, machine.threads)
     return MergedModel(planned, tensors, heads)

@@ -132,7 +132,7 @@ class Run:
             return {}
         from safetensors.torch import load_file
 
-        from weldment.evaluation.recalibration import merge_statistics
+        from weldment.evaluation.recalibration.recalibration import merge_statistics
 
         self.progress.message(f"measuring running statistics on {self.plan.recipe.recalibrate}")
         files = [file.name for file in self.plan.layout.files if "/" not in file.name]
@@ -153,7 +153,7 @@ class Run:
         models = [model for plan in (*self.plan.stages, self.plan) for model in plan.models.values()]
         stamps = {file.path: file.stamp for model in models for file in model.weight_files if file.path is not None}
         if self.plan.recipe.recalibrate is not None:
-            from weldment.evaluation.unlabelled import input_files
+            from weldment.evaluation.recalibration.unlabelled import input_files
 
             stamps |= {path: _stamp(path) for path in input_files(self.plan.recipe.recalibrate)}
         return stamps

@@ -25,7 +25,7 @@ from weldment.cli.eval import (
 from weldment.errors import UserError
 
 if TYPE_CHECKING:
-    from weldment.evaluation.rows import Row
+    from weldment.evaluation.comparison.rows import Row
 
 
 def command(
@@ -61,8 +61,8 @@ def command(
     from weldment.cli.console import has_colors
     from weldment.cli.scoring import parse_heads, scoring
     from weldment.engine.memory import pick_device
-    from weldment.evaluation import saving, tables
-    from weldment.evaluation.compare import compare
+    from weldment.evaluation.comparison import saving, tables
+    from weldment.evaluation.comparison.compare import compare
 
     _refuse_tasks(recipe)
     experts = parse_heads(expert, "--expert")

@@ -24,8 +24,8 @@ from weldment.cli.merge import JsonOption
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weldment.evaluation.search_result import SearchResult
-    from weldment.evaluation.search_trials import Goal, Trial
+    from weldment.evaluation.search.result import SearchResult
+    from weldment.evaluation.search.trials import Goal, Trial
 
 StorageOption = Annotated[
     str | None,
@@ -85,7 +85,7 @@ def command(
 
     from weldment.cli.scoring import parse_heads, scoring
     from weldment.engine.memory import pick_device
-    from weldment.evaluation.search import Messages, search
+    from weldment.evaluation.search.search import Messages, search
     from weldment.evaluation.states import short_name
 
     heads, experts = parse_heads(head), parse_heads(expert, "--expert")
@@ -122,7 +122,7 @@ def command(
 
 def _line(trial: Trial, best: Trial | None, goal: Goal) -> str:
     """`trial 7: parameters.lambda = 0.412: 87.3 % of the experts, best so far: 88.1 (trial 4)`."""
-    from weldment.evaluation.search_space import point
+    from weldment.evaluation.search.space import point
 
     came = f"failed: {trial.failure}" if trial.failure else trial.state
     if trial.value is not None:
@@ -139,8 +139,8 @@ def _line(trial: Trial, best: Trial | None, goal: Goal) -> str:
 def _show(result: SearchResult) -> None:
     """The table on the test split, and the best point."""
     from weldment.cli.console import has_colors, plural
-    from weldment.evaluation.search_space import point
-    from weldment.evaluation.tables import as_text
+    from weldment.evaluation.comparison.tables import as_text
+    from weldment.evaluation.search.space import point
 
     best, table = result.best, result.comparison
     typer.echo(as_text(table, color=has_colors()))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weldment.evaluation.scores import Scores
-    from weldment.evaluation.soup import Candidate, How, SoupResult, Told
+    from weldment.evaluation.soups.soup import Candidate, How, SoupResult, Told
 
 Row = tuple[str, ...]
 
@@ -63,7 +63,7 @@ def command(
 
     from weldment.cli.scoring import parse_heads, scoring
     from weldment.engine.memory import pick_device
-    from weldment.evaluation.soup import TRIALS, soup
+    from weldment.evaluation.soups.soup import TRIALS, soup
 
     how = _how(greedy, uniform, learned, trials)
     heads = parse_heads(head)
@@ -148,7 +148,7 @@ def _share(single: Candidate, soup: Candidate) -> str:
 
 
 def _row(candidate: Candidate, note: str) -> Row:
-    from weldment.evaluation.soup import mean_of
+    from weldment.evaluation.soups.soup import mean_of
 
     if not candidate.test:
         return candidate.name, f"{candidate.value:.3f}", "–", "–", note

@@ -116,7 +116,7 @@ class Evaluator:
         if self.options.recalibrate is None:
             return state
         if self._ready is None or self._ready[0] is not state:
-            from weldment.evaluation.recalibration import recalibrated
+            from weldment.evaluation.recalibration.recalibration import recalibrated
 
             self._ready = (state, recalibrated(state, self.options.recalibrate))
         return self._ready[1]

@@ -99,6 +99,7 @@ def read_in_batches(
     name: str = "",
     batch: int = BATCH,
     report: Callable[[int], None] = lambda count: None,
+    workers: int | None = None,
 ) -> ndarray:
     """What is read off a network for each example, in the order of the split: (n, ...), float32.
 
@@ -107,6 +108,8 @@ def read_in_batches(
             threads on the CPU.
         name: of the model.
         report: called with the number of examples that were done since the last call.
+        workers: threads that call `read`; with 1, batches come in the order of `encoded`. By default as many as torch
+            has on the CPU, 1 elsewhere.
 
     Raises:
         TaskError: texts cannot be padded.
@@ -120,7 +123,7 @@ def read_in_batches(
 
     parts: list[ndarray] = []
     on_cpu = network.device.type == "cpu"
-    with _mapped(torch.get_num_threads() if on_cpu else 1) as mapped:
+    with _mapped(workers or (torch.get_num_threads() if on_cpu else 1)) as mapped:
         for part in mapped(answer, _batches(encoded.inputs, batch, TOKENS if on_cpu else None)):
             parts.append(part)
             report(len(part))

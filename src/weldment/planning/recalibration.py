@@ -46,7 +46,7 @@ def _of_stage(recipe: Recipe) -> WeldmentError:
 
 def _problems(plan: Plan, folder: str, has_layers: bool) -> list[WeldmentError]:
     # Only recipes that ask for it take transformers, which takes longer to import than to plan a merge.
-    from weldment.evaluation.unlabelled import input_files
+    from weldment.evaluation.recalibration.unlabelled import input_files
 
     where = f"{plan.recipe.origin}: recalibrate"
     if not has_layers:

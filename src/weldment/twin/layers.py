@@ -113,11 +113,12 @@ class ExclusiveMatrix(Exclusive):
         super().__init__(name, mix, experts)
         inputs, self.outputs = sizes
         self.embedding = embedding
-        self._keep_factors(factors or {}, inputs)
+        self.keep_factors(factors or {}, inputs)
         self._keep_dense(dense or {}, turned=transposed != embedding)
         self.register_buffer("vectors", stacked(vectors or {}, experts), persistent=False)
 
-    def _keep_factors(self, factors: Mapping[int, Pair], inputs: int) -> None:
+    def keep_factors(self, factors: Mapping[int, Pair], inputs: int) -> None:
+        """Have these factors, and no others."""
         order = sorted(factors)
         a = torch.cat([factors[e][0] for e in order]) if order else torch.empty(0, inputs)
         b = torch.cat([factors[e][1].T for e in order]) if order else torch.empty(0, self.outputs)
@@ -243,7 +244,8 @@ class ExclusiveVectors(Exclusive):
         for row in range(x.shape[0]):
             one = {**own, **{key: value[row] for key, value in rows.items()}}
             expected = torch.func.functional_call(self._plain[0], one, (x[row : row + 1],))
-            if not torch.allclose(found[row : row + 1].float(), expected.float(), rtol=1e-2, atol=1e-4):
+            rounding = max(1e-4, 4.0 * torch.finfo(x.dtype).eps * float(expected.abs().max()))
+            if not torch.allclose(found[row : row + 1].float(), expected.float(), rtol=1e-2, atol=rounding):
                 cause = f"a {type(module).__name__} cannot have vectors of its own for each row"
                 raise CheckpointError(cause, where=self.name, fix="Build the bundle with this module under `exclude`")
         self.proved = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from weldment.cli.console import interruptible
-from weldment.cli.twin import build, export, serve
+from weldment.cli.twin import build, eval, export, serve
 
 app = typer.Typer(
     name="twin",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 for _name, _command in {
     "build": build.command,
+    "eval": eval.command,
     "export": export.command,
     "serve": serve.command,
 }.items():

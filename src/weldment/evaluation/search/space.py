@@ -1,6 +1,6 @@
 """A recipe with marks as the space of a search: its dimensions, its corners, and the recipe at a point.
 
-A mark (see `search_marks`) may stand for any value of a recipe; a list of marks is a gradient over
+A mark (see `marks.py`) may stand for any value of a recipe; a list of marks is a gradient over
 the layers. A mark's name is its YAML path.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weldment.errors import RecipeError, UserError, joined
-from weldment.evaluation.search_marks import KINDS, Mark, read_mark
+from weldment.evaluation.search.marks import KINDS, Mark, read_mark
 from weldment.recipe.documents import parse_documents, plain, read_text
 from weldment.recipe.loading import Source
 from weldment.recipe.words import Place, shown, yaml_path

@@ -35,6 +35,8 @@ svg .grid { stroke: var(--line); }
 svg rect.plain { fill: var(--plain); }
 svg rect.merge { fill: var(--merge); }
 svg rect.best { fill: var(--best); }
+svg .curve { fill: none; stroke: var(--merge); stroke-width: 2; }
+svg .dot { fill: var(--best); }
 svg .whisker { stroke: var(--whisker); stroke-width: 1.2; opacity: .6; }
 svg .goal { stroke: var(--goal); stroke-width: 1.5; stroke-dasharray: 5 4; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +61,7 @@ def score_row(
     seconds: float = 0.0,
     what: str = "",
     left_out: Callable[[str, TaskError], None] | None = None,
+    tasks: Collection[str] | None = None,
 ) -> Row:
     """Scores of a model in memory as a row.
 
@@ -71,6 +72,7 @@ def score_row(
         seconds: that making the model took.
         left_out: told of tasks that the model cannot be scored on, if no head is given for them; such a task is
             missing in the row. By default it is an error.
+        tasks: names of those that are scored; all by default.
 
     Raises:
         TaskError: the model cannot be evaluated on one of the tasks.
@@ -78,7 +80,7 @@ def score_row(
     start = time.perf_counter()
     given = {**{task: head for task, head in (heads or {}).items() if task not in state.heads}, **evaluator.heads}
     scores: dict[str, Score] = {}
-    for task in evaluator.tasks:
+    for task in (task for task in evaluator.tasks if tasks is None or task.name in tasks):
         try:
             scores[task.name] = evaluator.score(state, task, given)
         except TaskError as error:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from weldment.adapters.opening import open_model
 from weldment.errors import TaskError, UserError
-from weldment.evaluation.digests import model_digest
+from weldment.evaluation.comparison.digests import model_digest
+from weldment.evaluation.comparison.lineup import BASE, Entry, Lineup, line_up, plan_all
+from weldment.evaluation.comparison.rows import Comparison, Kind, Row, mean_row, score_row
 from weldment.evaluation.evaluate import Evaluator, Options, Report
 from weldment.evaluation.heads import load_head, load_heads
-from weldment.evaluation.lineup import BASE, Entry, Lineup, line_up, plan_all
-from weldment.evaluation.rows import Comparison, Kind, Row, mean_row, score_row
 from weldment.evaluation.states import Head, ModelState, load_state, merged_state
 from weldment.evaluation.tasks import AnyTask, Task, load_tasks
 from weldment.evaluation.tokenizers import refuse_different
@@ -33,6 +33,7 @@ def compare(
     experts: Mapping[str, str] | None = None,
     heads: Mapping[str, str | Path] | None = None,
     seeds: int = 1,
+    crossed: bool = True,
     report: Report = lambda what, count, total: None,
     finished: Callable[[Row], None] = lambda row: None,
     **options: Any,
@@ -49,6 +50,7 @@ def compare(
         experts: for a task's name, the model that is its expert; by default the one of the same name.
         heads: for a task's name, where the head for it is stored; used before all others.
         seeds: how often merges with random masks are made, from the recipe's seed on.
+        crossed: score experts on each other's tasks, too, not only on those that percents are taken of.
         report: told what is merged or scored at the moment.
         finished: called with each row.
         options: attributes of `Options`.
@@ -63,7 +65,7 @@ def compare(
     given = load_heads(heads)
     evaluator = Evaluator(loaded, Options(**options), given, report)
     lineup = line_up(recipes, [task.name for task in loaded], base=base, experts=experts or {})
-    return _Comparing(evaluator, lineup, seeds, report, finished).run()
+    return _Comparing(evaluator, lineup, seeds, report, finished, crossed).run()
 
 
 def check_comparison(lineup: Lineup, evaluator: Evaluator) -> None:
@@ -84,6 +86,7 @@ class _Comparing:
     seeds: int
     report: Report
     finished: Callable[[Row], None]
+    crossed: bool = True
     rows: list[Row] = field(default_factory=list)
     equal: list[tuple[str, str]] = field(default_factory=list)
     missing: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -164,12 +167,13 @@ class _Comparing:
 
     def _scored(self, state: ModelState, kind: Kind, seconds: float, what: str) -> Row:
         """The row of a model; one that is equal to another is not scored once more."""
+        tasks = self._own_tasks(state.name) if kind == "expert" and not self.crossed else None
         digest = model_digest(state)
         same = self.known.get(digest)
-        if same is not None and (kind != "merge" or len(same.scores) == len(self.evaluator.tasks)):
+        if tasks is None and same is not None and (kind != "merge" or len(same.scores) == len(self.evaluator.tasks)):
             self.equal += [(state.name, same.name)] if same.name != state.name else []
             return replace(same, name=state.name, kind=kind, seconds=seconds, what=what)
-        self.known[digest] = score_row(
+        row = score_row(
             self.evaluator,
             state,
             kind=kind,
@@ -177,8 +181,15 @@ class _Comparing:
             seconds=seconds,
             what=what,
             left_out=None if kind == "merge" else lambda task, error: self._left_out(state.name, task, error),
+            tasks=tasks,
         )
-        return self.known[digest]
+        if tasks is None:
+            self.known[digest] = row
+        return row
+
+    def _own_tasks(self, expert: str) -> set[str]:
+        """The tasks that a model is the expert of."""
+        return {task for task, name in self.lineup.tasks.items() if name == expert}
 
     def _left_out(self, name: str, task: str, error: TaskError) -> None:
         self.missing.setdefault(task, []).append((name, error.cause))

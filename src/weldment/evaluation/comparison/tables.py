@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weldment.evaluation.rows import AVERAGE, Comparison, Row
+from weldment.evaluation.comparison.rows import AVERAGE, Comparison, Row
 from weldment.evaluation.scores import Score
 
 if TYPE_CHECKING:

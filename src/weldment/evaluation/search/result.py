@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weldment.errors import OutputError, UserError
+from weldment.evaluation.comparison.rows import Comparison, Row
 from weldment.evaluation.evaluate import Report
-from weldment.evaluation.rows import Comparison, Row
-from weldment.evaluation.search_space import point
-from weldment.evaluation.search_study import shown_storage
-from weldment.evaluation.search_trials import Goal, Told, Trial
+from weldment.evaluation.search.space import point
+from weldment.evaluation.search.study import shown_storage
+from weldment.evaluation.search.trials import Goal, Told, Trial
 from weldment.evaluation.states import short_name
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weldment.errors import MergeError, UserError
-from weldment.evaluation.compare import check_comparison, compare
+from weldment.evaluation.comparison.compare import check_comparison, compare
+from weldment.evaluation.comparison.lineup import Lineup, line_up
 from weldment.evaluation.evaluate import Evaluator, Options, Report
 from weldment.evaluation.heads import choose_head, load_heads
-from weldment.evaluation.lineup import Lineup, line_up
 from weldment.evaluation.scores import Score
-from weldment.evaluation.search_result import (
+from weldment.evaluation.search.result import (
     Messages,
     SearchResult,
     Settings,
@@ -30,10 +30,10 @@ from weldment.evaluation.search_result import (
     with_storage,
     write_recipe,
 )
-from weldment.evaluation.search_samplers import grid_size, sampler_of
-from weldment.evaluation.search_space import Space, load_space, point
-from weldment.evaluation.search_study import digest, open_study
-from weldment.evaluation.search_trials import Goal, Runner, Trial, best_of, finished
+from weldment.evaluation.search.samplers import grid_size, sampler_of
+from weldment.evaluation.search.space import Space, load_space, point
+from weldment.evaluation.search.study import digest, open_study
+from weldment.evaluation.search.trials import Goal, Runner, Trial, best_of, finished
 from weldment.evaluation.states import Head, load_state, short_name
 from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_tasks
 
@@ -114,6 +114,7 @@ def search(
         base=base,
         experts=experts,
         heads=heads,
+        crossed=False,
         report=messages.report,
         **{**options, "split": "test"},
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from weldment.errors import OutputError
-from weldment.evaluation import page, tables
-from weldment.evaluation.rows import Comparison
+from weldment.evaluation.comparison import page, tables
+from weldment.evaluation.comparison.rows import Comparison
 from weldment.version import __version__
 
 STEM = "comparison"
@@ -34,7 +34,6 @@ _WRITERS: dict[str, Callable[[Comparison], str]] = {
     ".md": tables.as_markdown,
     ".csv": tables.as_csv,
     ".json": as_json,
-    ".html": page.as_page,
 }
 
 
@@ -60,19 +59,24 @@ def _is_ours(path: Path, mark: str) -> bool:
         return mark.encode() in file.read(_NEAR)
 
 
-def save(comparison: Comparison, folder: Path) -> list[Path]:
+def save(comparison: Comparison, folder: Path, sections: Iterable[str] = ()) -> list[Path]:
     """Write `comparison.md`, `.csv`, `.json` and `.html` into a folder, which is made if need be.
+
+    Args:
+        sections: of the page, HTML; see `page.as_page`.
 
     Raises:
         OutputError: it cannot be written.
     """
     paths: list[Path] = []
+    texts = {ending: written(comparison) for ending, written in _WRITERS.items()}
+    texts[".html"] = page.as_page(comparison, sections)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for ending, written in _WRITERS.items():
+        for ending, text in texts.items():
             path = folder / f"{STEM}{ending}"
             draft = path.with_name(f"{path.name}.partial")
-            draft.write_text(written(comparison), encoding="utf-8")
+            draft.write_text(text, encoding="utf-8")
             draft.replace(path)
             paths.append(path)
     except OSError as error:

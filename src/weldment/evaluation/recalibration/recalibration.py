@@ -28,9 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weldment.engine.run import default_threads
 from weldment.errors import NonFiniteError, TaskError
 from weldment.evaluation.networks import whole_network
+from weldment.evaluation.recalibration.unlabelled import Batch, inputs_in
+from weldment.evaluation.recalibration.walks import Held, Rerun, Walk, route
 from weldment.evaluation.states import Head, ModelState, tokenizer_folder
-from weldment.evaluation.unlabelled import Batch, inputs_in
-from weldment.evaluation.walks import Held, Rerun, Walk, route
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -18,7 +18,7 @@ from weldment.errors import TaskError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from weldment.evaluation.unlabelled import Batch
+    from weldment.evaluation.recalibration.unlabelled import Batch
 
 _LONGEST = 200
 

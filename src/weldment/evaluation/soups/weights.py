@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weldment.errors import TaskError
 
 if TYPE_CHECKING:
-    from weldment.evaluation.soup import Candidate, Told, Weights
+    from weldment.evaluation.soups.soup import Candidate, Told, Weights
 
 STEP = 0.05
 """Of weights, so that they read well in a recipe."""

@@ -12,9 +12,9 @@ from weldment.errors import MergeError
 from weldment.evaluation.evaluate import Evaluator
 from weldment.evaluation.heads import Heads
 from weldment.evaluation.scores import Score, normalised
-from weldment.evaluation.search_samplers import distributions
-from weldment.evaluation.search_space import Space
-from weldment.evaluation.search_study import FAILURE, storage_errors
+from weldment.evaluation.search.samplers import distributions
+from weldment.evaluation.search.space import Space
+from weldment.evaluation.search.study import FAILURE, storage_errors
 from weldment.evaluation.states import ModelState, merged_state
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weldment.errors import UserError
-from weldment.evaluation.search_marks import Choices, Range
-from weldment.evaluation.search_space import Space
-from weldment.evaluation.search_study import load_optuna, missing_search
+from weldment.evaluation.search.marks import Choices, Range
+from weldment.evaluation.search.space import Space
+from weldment.evaluation.search.study import load_optuna, missing_search
 from weldment.recipe.words import suggestion
 
 if TYPE_CHECKING:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
-from weldment.evaluation.charts import Bar, bar_chart, reach
-from weldment.evaluation.rows import AVERAGE, Comparison, Row
+from weldment.evaluation.comparison.charts import Bar, bar_chart, reach
+from weldment.evaluation.comparison.rows import AVERAGE, Comparison, Row
+from weldment.evaluation.comparison.style import STYLE
+from weldment.evaluation.comparison.tables import LEGEND, NOTHING, Cell, Grid, about, grids, short_metric, shown
 from weldment.evaluation.scores import Score
-from weldment.evaluation.style import STYLE
-from weldment.evaluation.tables import LEGEND, NOTHING, Cell, Grid, about, grids, short_metric, shown
 
 MADE_BY = '<meta name="generator" content="weld compare">'
 """By which our own pages are known."""
@@ -18,8 +18,12 @@ MADE_BY = '<meta name="generator" content="weld compare">'
 _SIGNS = {"best": "", "near": '<span class="near">≈</span>', "": ""}
 
 
-def as_page(comparison: Comparison) -> str:
-    """The page."""
+def as_page(comparison: Comparison, sections: Iterable[str] = ()) -> str:
+    """The page.
+
+    Args:
+        sections: HTML that stands between the pictures and the tables.
+    """
     relative = any(comparison.relative(row) for row in comparison.rows)
     body = [
         "<header>",
@@ -28,7 +32,8 @@ def as_page(comparison: Comparison) -> str:
         "</header>",
         *_average(comparison, relative),
         *_tasks(comparison, relative),
-        *(_heat_map(comparison) if relative else ()),
+        *(_heat_map(comparison) if relative and _has_others(comparison) else ()),
+        *sections,
         *(part for grid in grids(comparison) for part in _table(grid)),
         *_notes(comparison),
     ]
@@ -117,6 +122,12 @@ def _bars(comparison: Comparison, column: str, relative: bool) -> list[Bar]:
         text = shown(score.value, relative=relative)
         bars.append(Bar(row.name, score.value, *score.interval, text, look, "≈" if mark == "near" else ""))
     return bars
+
+
+def _has_others(comparison: Comparison) -> bool:
+    """Whether experts were scored on other tasks than their own."""
+    own = {(name, task) for task, name in comparison.experts.items()}
+    return any((row.name, task) not in own for row in comparison.rows if row.kind == "expert" for task in row.scores)
 
 
 def _heat_map(comparison: Comparison) -> Iterator[str]:

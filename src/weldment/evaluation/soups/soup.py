@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from weldment.errors import UserError
 from weldment.evaluation.evaluate import Evaluator, Options, Report
 from weldment.evaluation.heads import Heads, load_heads
-from weldment.evaluation.running_mean import RunningMean
 from weldment.evaluation.scores import Score, Scores, average
-from weldment.evaluation.soup_inputs import checked_models, checked_tasks, names_of
+from weldment.evaluation.soups.inputs import checked_models, checked_tasks, names_of
+from weldment.evaluation.soups.running_mean import RunningMean
 from weldment.evaluation.states import ModelState, load_state, merged_state
 from weldment.evaluation.tasks import AnyTask, Task
 from weldment.merging import check_target, merge, plan
@@ -179,7 +179,7 @@ def _chosen(references: Sequence[str], evaluator: Evaluator, how: How, trials: i
         told(uniform.name, uniform.value, True)
         return _Chosen(ranked, uniform, uniform, (uniform,))
     if how == "learned":
-        from weldment.evaluation.soup_weights import learned
+        from weldment.evaluation.soups.weights import learned
 
         best, tried = learned(order, uniform, lambda weights, name: _validated(evaluator, weights, name), trials, told)
     else:

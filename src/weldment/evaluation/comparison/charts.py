@@ -1,4 +1,4 @@
-"""Bars with whiskers as SVG; colours and fonts are those of the page around them."""
+"""Bars with whiskers, and curves, as SVG; colours and fonts are those of the page around them."""
 
 from __future__ import annotations
 
@@ -140,3 +140,70 @@ def _goal(scale: Scale, goal: float | None, bottom: float) -> Iterator[str]:
     if goal is not None:
         x = scale.at(goal)
         yield f'<line class="goal" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 4}" y2="{bottom}"/>'
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve.
+
+    Attributes:
+        x: above 0; drawn on a logarithmic scale.
+        low, high: ends of the whisker.
+        x_text: x as it is printed.
+    """
+
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+    x_text: str
+
+
+def curve_chart(points: Sequence[Point], *, title: str, goal: float | None = None, width: int = 920) -> str:
+    """Points from left to right, with the lines between them and whiskers.
+
+    Args:
+        points: one at least.
+        title: for those who cannot see it.
+        goal: a value that is marked with a line.
+    """
+    ordered = sorted(points, key=lambda point: point.x)
+    x = Scale(math.log(ordered[0].x), max(math.log(ordered[-1].x), math.log(ordered[0].x) + 1e-6), 60, width - 60)
+    values = [v for p in points for v in (p.low, p.high, p.y)] + ([goal] if goal is not None else [])
+    margin = (max(values) - min(values) or 1.0) * 0.06
+    y = Scale(min(values) - margin, max(values) + margin, _CURVE - 2 * _AXIS, _TOP)
+    path = " ".join(f"{x.at(math.log(point.x)):.1f},{y.at(point.y):.1f}" for point in ordered)
+    parts = [
+        f'<svg class="bars" viewBox="0 0 {width} {_CURVE}" width="{width}" role="img" aria-label="{escape(title)}">',
+        *_levels(y, width, goal),
+        f'<polyline class="curve" points="{path}"/>',
+        *(part for point in ordered for part in _point(point, x.at(math.log(point.x)), y)),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+_CURVE = 300
+"""Height of a curve's picture."""
+
+
+def _levels(y: Scale, width: float, goal: float | None) -> Iterator[str]:
+    for tick in y.ticks:
+        yield f'<line class="grid" x1="50" x2="{width - 50}" y1="{y.at(tick):.1f}" y2="{y.at(tick):.1f}"/>'
+        yield _label(f"{tick:g}", "tick", 42, y.at(tick))
+    if goal is not None:
+        yield f'<line class="goal" x1="50" x2="{width - 50}" y1="{y.at(goal):.1f}" y2="{y.at(goal):.1f}"/>'
+
+
+def _point(point: Point, x: float, y: Scale) -> Iterator[str]:
+    title = f"{point.label}: {point.y:.4g} ({point.low:.4g} to {point.high:.4g}), {point.x_text}"
+    bottom = _CURVE - 2 * _AXIS
+    yield f"<g><title>{escape(title)}</title>"
+    yield f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y.at(point.low):.1f}" y2="{y.at(point.high):.1f}"/>'
+    yield f'<circle class="dot" cx="{x:.1f}" cy="{y.at(point.y):.1f}" r="4"/>'
+    for line, text in enumerate((point.label, point.x_text)):
+        yield (
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 16 * (line + 1)}" text-anchor="middle">{escape(text)}</text>'
+        )
+    yield "</g>"

@@ -1,0 +1,1 @@
+"""Models side by side on the same examples: who takes part, a row for each, and how the rows are shown."""

@@ -1,0 +1,1 @@
+"""Running statistics of batch normalisation, measured anew on unlabelled inputs."""

@@ -1,0 +1,1 @@
+"""Soups: means of models of one task, chosen by validation scores."""
