@@ -86,6 +86,8 @@ def test_paths_of_this_machine_are_shown_by_their_last_part(tmp_path: Path) -> N
 
 def test_paths_are_shortened_wherever_the_recipe_names_a_model(tmp_path: Path) -> None:
     base, one, two = (models.save_decoder(tmp_path / name, seed=seed) for seed, name in enumerate(("base", "a", "b")))
+    for model in (base, one, two):
+        (model / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}')
     sources = [{"model": {"path": f"{model}/"}, "layer_range": [0, 2]} for model in (one, two)]
     recipe = {
         "merge_method": "task_arithmetic",

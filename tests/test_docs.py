@@ -69,6 +69,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
         save_file(tensors, folder / "model.safetensors")
+        (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}')
     for seed, (name, classes) in enumerate({"encoder": 0, "sentiment": 2, "topics": 5}.items()):
         save_encoder(tmp_path / "models" / name, seed, classes)
     return tmp_path

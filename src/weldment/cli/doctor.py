@@ -33,7 +33,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Examine a model, models that are to be merged, or a finished merge.
+    """Examine a model, models to merge, or a finished merge.
 
     One model: its files, values and tokenizer. Several: whether they can be merged, how well they
     agree, and a recipe to begin with. A folder that `weld merge` wrote: against what it was made of.

@@ -9,7 +9,7 @@ from weldment.cli.twin import build, eval, export, serve
 
 app = typer.Typer(
     name="twin",
-    help="Twin-Merging: a shared model, small exclusive parts, and a router that mixes them per input.",
+    help="Twin-Merging: merges that mix experts for every input.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -32,7 +32,7 @@ def command(
     as_json: JsonOption = False,
     set_: SetOption = [],  # noqa: B006  (typer copies it)
 ) -> None:
-    """Build a Twin bundle: a shared model, what each expert has beyond it, compressed, and a router.
+    """Build a bundle: a shared model, what experts add to it, a router.
 
     OUT appears only when it is complete. A build that was interrupted leaves it as it was, and starts
     from the beginning when the same command is run again.

@@ -68,7 +68,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")] = False,
 ) -> None:
-    """Score a Twin bundle: the shared model, the experts, and all together, routed in several ways."""
+    """Score a bundle: shared model, experts, and all in one, routed."""
     from weldment.cli.scoring import parse_heads, scoring
     from weldment.engine.memory import pick_device
     from weldment.evaluation.comparison import saving

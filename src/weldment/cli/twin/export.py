@@ -17,7 +17,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is not empty.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a bundle for vLLM: the shared model and one LoRA adapter for each expert.
+    """Write a bundle for vLLM, with a LoRA adapter for each expert.
 
     vLLM applies the adapter that a request names: the expert that the router puts first.
     """

@@ -31,7 +31,7 @@ def command(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps or auto.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the processor.", min=1, show_default="all")] = None,
 ) -> None:
-    """Serve a Twin bundle over HTTP: classification, and OpenAI's completions and chat.
+    """Serve a bundle over HTTP, as OpenAI's API and for classifiers.
 
     Ends after SIGTERM or Ctrl-C when everything that has come is answered.
     """
