@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 RECIPES = sorted((ROOT / "examples" / "digits").rglob("*.yml"))
-ELSEWHERE = (DOCS / "guide-evaluating.md", DOCS / "guide-twin.md", DOCS / "guide-serving.md")
+ELSEWHERE = (
+    DOCS / "guide-evaluating.md",
+    DOCS / "guide-vocabulary.md",
+    DOCS / "guide-twin.md",
+    DOCS / "guide-serving.md",
+)
 """Pages whose examples are run in tests of their own."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,37 @@ def test_merged_embeddings_that_are_taken_from_one_model_are_aligned_too(
     rows, two = embeddings(out), embeddings(pair[1])
     for token, row in second.items():
         assert torch.equal(rows[merged[token]], two[row])
+
+
+GUIDE = Path(__file__).parents[1] / "docs" / "guide-vocabulary.md"
+
+
+def test_the_guide_says_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error, its notes and its recipes, on models that differ as the page says."""
+    monkeypatch.chdir(tmp_path)
+    plain, talk = tokenizer(), tokenizer(added=["<|user|>", "<|bot|>"])
+    for folder, made in {"base": plain, "chat": plain, "code": tokenizer(text=ROWS), "talk": talk}.items():
+        torch.manual_seed(len(folder))
+        save(Path("models") / folder, llama(len(made)), made)
+    page = GUIDE.read_text(encoding="utf-8")
+    write_recipe(Path("recipe.yml"), {"merge_method": "linear", "models": ["models/base", "models/talk"]})
+    printed = weld("plan", "recipe.yml").err
+    error, fix, *_ = page.partition("```text\n")[2].splitlines()
+    start = printed.partition(": different")[2].partition(": '<|user|>")[0]
+    assert start in error
+    assert fix.partition("would give")[0] in printed
+    notes = [line for line in page.splitlines() if line.startswith("note  ")]
+    recipes = [block.partition("```")[0] for block in page.split("```yaml\n")[1:]]
+    assert (len(notes), len(recipes)) == (2, 2)
+    for number, recipe in enumerate(recipes):
+        out = Path(f"out{number}")
+        if number == 1:
+            ending = tokenizer(added=["<|end|>"])
+            save(Path("models/chat"), llama(len(ending)), ending)
+        done = weld("merge", write_recipe(Path("recipe.yml"), recipe), out)
+        assert done.code == 0, done.err
+        shape = re.compile(r"\d+ tokens|\d+ rows|\d+")
+        if number == 0:
+            assert all(shape.sub("N", note.removeprefix("note  ")) in shape.sub("N", done.err) for note in notes)
+    assert len(AutoTokenizer.from_pretrained("out1")("<|user|><|spare|>", add_special_tokens=False)["input_ids"]) == 2
+    assert embeddings(Path("out1")).shape[0] % 64 == 0

@@ -260,16 +260,15 @@ def _difference(inputs: Inputs, model: str, first: str, own: Vocabulary, other: 
         (less, f"are in {first} alone", lambda t: f"{t!r} (row {other[t]})"),
     ]
     said = [f"{len(found)} tokens {what}: {_few(found, show)}" for found, what, show in parts if found]
-    return PlanError(
-        f"different vocabularies: {'; '.join(said)}", where=inputs.recipe.origin, fix=_advice(inputs, first, more)
-    )
+    fix = _advice(inputs, first, more, len(own.keys() | other.keys()))
+    return PlanError(f"different vocabularies: {'; '.join(said)}", where=inputs.recipe.origin, fix=fix)
 
 
 def _few(tokens: Sequence[str], show: Callable[[str], str]) -> str:
     return ", ".join(show(token) for token in tokens[:_EXAMPLES]) + (", ..." if len(tokens) > _EXAMPLES else "")
 
 
-def _advice(inputs: Inputs, first: str, more: Sequence[str]) -> str:
+def _advice(inputs: Inputs, first: str, more: Sequence[str], united: int) -> str:
     """What can be done about vocabularies that differ."""
     tensors = inputs.tensors[first]
     names = [name for name in (input_embedding(tensors), head_name(tensors)) if name]
@@ -278,6 +277,6 @@ def _advice(inputs: Inputs, first: str, more: Sequence[str]) -> str:
     left_out = f" and leave {len(more)} tokens out" if more and owner == first else ""
     return (
         "Merging rows by position would mix different tokens. Align them by token: `tokenizer: {source: union}` would "
-        f"keep the tokens of all models, `tokenizer: {{source: {base}}}` those of {owner}{left_out}; or "
+        f"give all {united} tokens, `tokenizer: {{source: {base}}}` those of {owner}{left_out}; or "
         f"take what has a row for each token from one model: `take: {json.dumps(dict.fromkeys(names, first))}`"
     )

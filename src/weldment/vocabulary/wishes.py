@@ -69,15 +69,7 @@ class Wishes:
         first = self.chosen(list(tokenizers))
         others = [model for model in tokenizers if model != first] if self.source == "union" else []
         made = united([tokenizers[first], *(tokenizers[model] for model in others)])
-        return with_tokens(made, [(token, self._flags(entry, tokenizers)) for token, entry in self.tokens.items()])
-
-    @staticmethod
-    def _flags(entry: Mapping[str, Any], tokenizers: Tokenizers) -> Mapping[str, Any] | None:
-        """How a token that is added is found in text: as in the model that gives its embedding."""
-        source = entry.get("source")
-        if not isinstance(source, str) or source not in tokenizers:
-            return None
-        return {**flags_of({}), "special": True}
+        return with_tokens(made, [(token, _flags(token, tokenizers)) for token in self.tokens])
 
     def choices(self, models: Sequence[Embedded]) -> tuple[dict[str, Choice], list[WeldmentError]]:
         """Where the embeddings of the tokens in `tokens` come from, and what is wrong with them."""
@@ -152,3 +144,9 @@ class Wishes:
 
 def _within(row: Any, rows: int) -> int | None:
     return row if isinstance(row, int) and 0 <= row < rows else None
+
+
+def _flags(token: str, tokenizers: Tokenizers) -> Mapping[str, Any] | None:
+    """How a token that is added is found in text: as in the first model that has added it too."""
+    found = (tokenizer.added[token] for tokenizer in tokenizers.values() if token in tokenizer.added)
+    return next((flags_of(entry) for entry in found), None)

@@ -13,7 +13,10 @@ from weldment.planning.roles import input_embedding, is_head
 from weldment.planning.vocabulary import vocabulary
 
 _TOKENIZER = "tokenizer.json"
-_BY_ROW = "Rows are never merged by position, which would mix different tokens"
+_BY_ROW = (
+    "Rows are never merged by position, which would mix different tokens: merge into the base, where `tokenizer` "
+    "aligns them (`output: model`)"
+)
 
 
 def check_fit(inputs: AdapterInputs) -> None:
@@ -120,7 +123,7 @@ def _check_sizes(inputs: AdapterInputs) -> None:
         inputs.problem(cause, "Only adapters of the same base can be merged")
     for name, sizes in rows.items():
         counts = _listed({reference: f"{size[1]} rows" for reference, size in sizes.items()})
-        fix = f"{_BY_ROW}; train the adapters with one vocabulary, or leave it out with `drop: {json.dumps([name])}`"
+        fix = f"{_BY_ROW}, or leave it out with `drop: {json.dumps([name])}`"
         inputs.problem(f"different vocabularies: embedding {name!r}: {counts}", fix)
 
 
