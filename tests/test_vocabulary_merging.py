@@ -228,6 +228,38 @@ def test_merged_embeddings_that_are_taken_from_one_model_are_aligned_too(
         assert torch.equal(rows[merged[token]], two[row])
 
 
+def test_an_adapter_that_brings_embeddings_and_a_tokenizer_is_aligned(tmp_path: Path) -> None:
+    """Its saved rows, two of them new, meet those of a model whose rows lie in another order."""
+    import peft
+
+    torch.manual_seed(11)
+    made = tokenizer()
+    base = save(tmp_path / "base", llama(len(made)), made)
+    grown = tokenizer(added=["<|new|>", "<|more|>"])
+    network = transformers.LlamaForCausalLM.from_pretrained(base)
+    network.resize_token_embeddings(len(grown), mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    adapted = peft.get_peft_model(network, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    grown.save_pretrained(tmp_path / "adapter")
+    other, order = permuted(made)
+    second = save(tmp_path / "second", with_rows_moved(llama(len(made)), order), other)
+    models = [f"{base}+{tmp_path / 'adapter'}", str(second)]
+    recipe = {"merge_method": "linear", "models": models, "tokenizer": {"source": "union"}}
+    out = weldment.merge(recipe, tmp_path / "out").path
+    merged, rows = AutoTokenizer.from_pretrained(out).get_vocab(), embeddings(out)
+    assert merged == grown.get_vocab()
+    saved = adapted.merge_and_unload().get_input_embeddings().weight.detach()
+    theirs, vocabulary = embeddings(second), other.get_vocab()
+    for token, row in merged.items():
+        lent = theirs[vocabulary[token]] if token in vocabulary else saved[row]
+        assert torch.allclose(rows[row], (saved[row] + lent) / 2, atol=1e-5), token
+
+
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-vocabulary.md"
 
 

@@ -18,6 +18,7 @@ from weldment.errors import CheckpointError
 
 PREFIX = "base_model.model."
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WRAPPED = (".original_module.", ".modules_to_save.")
 
 _PARTS = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<last>weight|bias))?"
@@ -129,6 +130,8 @@ def read_layers(
     for name, entry in tensors.items():
         inner = name.removeprefix(PREFIX)
         match = _PARTS.fullmatch(inner)
+        if _is_left_over(name, tensors):
+            continue
         if not is_float(entry.dtype):
             raise CheckpointError(f"tensor {name!r} is {entry.dtype}, not floating point", where=where, fix="Check it")
         if match is not None:
@@ -152,6 +155,14 @@ def read_layers(
     if not layers and not saved:
         raise CheckpointError("the adapter changes nothing", where=where, fix="Check its files")
     return layers, saved
+
+
+def _is_left_over(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether a tensor is a part of PEFT's wrapper of a saved module, and the module's own tensor is there too.
+
+    PEFT writes both for resized embeddings, and reads the module's own alone.
+    """
+    return any(part in name and name.replace(part, ".") in tensors for part in _WRAPPED)
 
 
 def _layer(target: Target, found: Mapping[str, TensorEntry], config: AdapterConfig, where: str) -> Layer:
