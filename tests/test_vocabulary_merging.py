@@ -204,6 +204,15 @@ def test_plan_changes_with_the_vocabulary(tmp_path: Path, pair: tuple[Path, Path
     assert len(set(plans)) == len(plans)
 
 
+def test_a_model_that_only_lends_rows_is_accounted_for(pair: tuple[Path, Path]) -> None:
+    """`linear` does not merge its base; with a union the base's rows count all the same."""
+    recipe = {**union(pair), "models": [str(pair[1])], "base_model": str(pair[0])}
+    planned = weldment.plan(recipe)
+    fates = {entry.tensor: (entry.fate, entry.detail) for entry in planned.ledger if entry.model == str(pair[0])}
+    assert fates["model.embed_tokens.weight"] == ("merged", "lends rows of tokens that others lack")
+    assert fates["model.norm.weight"][0] == "dropped"
+
+
 def test_plan_lists_what_happens_to_the_tokens(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     shown = weld("plan", write_recipe(tmp_path / "r.yml", union(pair)))
     assert f"the vocabulary is that of {pair[0]} and" in shown.out

@@ -9,6 +9,7 @@ from weldment.checkpoint.model import Checkpoint
 from weldment.planning.plan import Fate, LedgerEntry, TensorJob
 
 UNUSED = "no slice uses it"
+LENT = "lends rows of tokens that others lack"
 IDLE = "the model gives only its configuration and files"
 UNREAD = "no later merge reads what it goes into"
 
@@ -16,7 +17,7 @@ UNREAD = "no later merge reads what it goes into"
 def account(
     models: Mapping[str, Checkpoint],
     participants: Sequence[str],
-    jobs: Iterable[TensorJob],
+    jobs: Sequence[TensorJob],
     dropped: Mapping[tuple[str, str], str],
 ) -> tuple[LedgerEntry, ...]:
     """One entry for each tensor of each model.
@@ -34,6 +35,9 @@ def account(
             target = job.file or job.name
             detail = "" if target == entry.name else f"as {target}" if fate != "head" else f"in {target}"
             used.setdefault((model, entry.name), LedgerEntry(model, entry.name, fate, detail))
+    for job in jobs:
+        for model, entry in job.reads:
+            used.setdefault((model, entry.name), LedgerEntry(model, entry.name, "merged", LENT))
     default = {model: UNUSED if model in participants else IDLE for model in models}
     return tuple(
         used.get((model, name)) or LedgerEntry(model, name, "dropped", dropped.get((model, name), default[model]))
@@ -44,7 +48,7 @@ def account(
 
 def narrowed(ledger: Sequence[LedgerEntry], jobs: Iterable[TensorJob]) -> tuple[LedgerEntry, ...]:
     """The ledger of a merge of which only some jobs are run."""
-    used = {(model, entry.name) for job in jobs for model, entry in job.inputs}
+    used = {(model, entry.name) for job in jobs for model, entry in job.reads}
     return tuple(
         entry
         if entry.fate == "dropped" or (entry.model, entry.tensor) in used
