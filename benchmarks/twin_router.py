@@ -20,9 +20,10 @@ from torch import Tensor
 
 from weldment.evaluation.tasks import Task, load_task
 from weldment.twin.bundle import read_bundle
+from weldment.twin.features import spread_layers
 from weldment.twin.fitting import Sample, train_mlp
 from weldment.twin.router import Router, RouterConfig
-from weldment.twin.training import Reader, confusion, shuffled, spread_layers
+from weldment.twin.training import Reader, confusion, shuffled
 
 OFFERED = ("last", "spread")
 WIDTH, EPOCHS = 128, 60
@@ -50,8 +51,9 @@ def halves(whole: Sample) -> tuple[Sample, Sample]:
     return first, second
 
 
-def choices(train: Sample, stop: Sample, other: Sample, names: tuple[str, ...], seed: int) -> Tensor:
-    """The first choice for every example of `other`."""
+def choices(parts: Sequence[Sample], names: tuple[str, ...], seed: int) -> Tensor:
+    """Train on the first part, stop by the second; the first choice for every example of the third."""
+    train, stop, other = parts
     state = train_mlp(train, stop, len(names), width=WIDTH, epochs=EPOCHS, seed=seed)
     return Router(RouterConfig("mlp", names), state).scores(other.features).argmax(dim=1)
 
@@ -69,7 +71,7 @@ def compare(
     right: dict[str, Tensor] = {}
     for name, layers in sets.items():
         parts = [seen(each, layers, width) for each in (train, stop, other)]
-        runs = [choices(*parts, names, seed) == other.experts for seed in range(seeds)]
+        runs = [choices(parts, names, seed) == other.experts for seed in range(seeds)]
         right[name] = torch.stack(runs).double().mean(dim=0)
         each = ", ".join(f"{float(run.double().mean()):.4f}" for run in runs)
         print(f"validation {name:8} layers {tuple(layers)!s:24} {float(right[name].mean()):.4f}  ({each})")
@@ -101,7 +103,7 @@ def main() -> None:
     chosen = sets[compare(train, stop, other, sets, width, names, arguments.seeds)]
     test = sample(reader, tasks, "test", None)
     parts = [seen(each, chosen, width) for each in (train, stop, test)]
-    found = choices(*parts, names, 0)
+    found = choices(parts, names, 0)
     table = confusion(test.experts, found, len(names))
     print(f"test, the choice alone, seed 0: {float((found == test.experts).double().mean()):.4f}")
     for name, row in zip(names, table, strict=True):
@@ -109,5 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode(False):
-        main()
+    main()
