@@ -125,7 +125,7 @@ def test_training_ends_with_the_best_state_on_validation() -> None:
     features = torch.randn(200, 6, generator=chance)
     experts = (features[:, 0] > 0).long()
     noise = Sample(torch.randn(40, 6, generator=chance), torch.arange(40) % 2)
-    states = [train_mlp(Sample(features, experts), noise, 2, width=8, epochs=n, seed=0) for n in (100, 150)]
+    states = [train_mlp(Sample(features, experts), noise, 2, width=8, epochs=n, seed=0) for n in (40, 50)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # nothing to be learnt of noise
 
 

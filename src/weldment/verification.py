@@ -14,6 +14,7 @@ from weldment.engine.execute import stored_checksum
 from weldment.engine.run import default_threads
 from weldment.errors import CheckpointError, UserError, VerificationError
 from weldment.report.manifest import file_digest, read_manifest
+from weldment.twin.bundle import TWIN, compare_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _LISTED = 50
@@ -36,7 +37,7 @@ class Verification:
 
 
 def verify(out: str | Path, *, threads: int | None = None) -> Verification:
-    """Check every tensor and file of an output against its manifest.
+    """Check every tensor and file of an output against its manifest, and of a Twin bundle the files of its experts.
 
     Raises:
         UserError: `out` is not an output of a merge.
@@ -63,10 +64,10 @@ def require_unchanged(out: str | Path, found: Verification) -> None:
 
 
 def compare(out: str | Path, *, threads: int | None = None) -> Verification:
-    """What of an output differs from its manifest.
+    """What of an output differs from its manifest; of a Twin bundle, also what differs from `twin.json`.
 
     Raises:
-        UserError: `out` is not an output of a merge.
+        UserError: `out` is not an output of a merge, or its `twin.json` is damaged.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads (--threads) is {threads}", fix="It must be at least 1")
@@ -87,7 +88,8 @@ def compare(out: str | Path, *, threads: int | None = None) -> Verification:
         *(f"tensor {disk.slots[label].name} in {disk.slots[label].file} was changed" for label in changed),
     ]
     nbytes = sum(slot.nbytes for slot in disk.slots.values())
-    return Verification(len(expected), len(record["files"]), nbytes, tuple(problems))
+    others, altered = compare_files(folder, record["files"]) if (folder / TWIN).is_file() else (0, [])
+    return Verification(len(expected), len(record["files"]) + others, nbytes, (*problems, *altered))
 
 
 @dataclass

@@ -18,7 +18,8 @@ def command(
 ) -> None:
     """Check that a merged model still is what was written.
 
-    Every tensor and every file is read and compared with the checksums of the merge.
+    Every tensor and every file is read and compared with the checksums of the merge, of a Twin bundle also
+    the experts' and the router's files.
     """
     import json
 

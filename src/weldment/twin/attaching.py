@@ -48,7 +48,8 @@ def attach(network: PreTrainedModel, bundle: Bundle, mix: Mix) -> tuple[Exclusiv
             found.setdefault(_module_name(network, name, expert), Parts()).factors[place] = _scaled(layer)
         for name, change in _changes(expert).items():
             module, _, parameter = name.rpartition(".")
-            parts = found.setdefault(_module_name(network, module, expert), Parts())
+            owner = _user_of(network, _module_name(network, module, expert), parameter)
+            parts = found.setdefault(owner, Parts())
             parts.changes.setdefault(parameter, {})[place] = change
     _tie(network, found)
     layers = [_layer(network, name, parts, mix, len(bundle.experts)) for name, parts in found.items()]
@@ -101,6 +102,19 @@ def _module_name(network: PreTrainedModel, name: str, expert: ExpertPart) -> str
     raise CheckpointError(cause, where=str(expert.adapter or expert.changes), fix="Load it with the class it is of")
 
 
+def _user_of(network: PreTrainedModel, name: str, parameter: str) -> str:
+    """The module that calculates with a parameter: one within it, where it only lends the parameter to that.
+
+    The heads of masked language models hold the bias of their linear layer.
+    """
+    module = network.get_submodule(name)
+    own = getattr(module, parameter, None)
+    for inner, child in module.named_modules():
+        if inner and own is not None and getattr(child, parameter, None) is own:
+            return f"{name}.{inner}"
+    return name
+
+
 def _tie(network: PreTrainedModel, found: dict[str, Parts]) -> None:
     """Give an output layer what changes the embedding that it shares its weight with."""
     inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
@@ -108,10 +122,11 @@ def _tie(network: PreTrainedModel, found: dict[str, Parts]) -> None:
         return
     names = {id(module): name for name, module in network.named_modules()}
     source, target = names[id(inputs)], names[id(outputs)]
-    if source not in found or target in found:
+    own = found.get(target, Parts())
+    if source not in found or own.factors or "weight" in own.changes:
         return
     turned = {place: (b.T, a.T) for place, (a, b) in found[source].factors.items()}
-    found[target] = Parts(turned, {"weight": found[source].changes.get("weight", {})})
+    found[target] = Parts(turned, {**own.changes, "weight": found[source].changes.get("weight", {})})
 
 
 def _layer(network: nn.Module, name: str, parts: Parts, mix: Mix, experts: int) -> Exclusive:
@@ -127,7 +142,8 @@ def _layer(network: nn.Module, name: str, parts: Parts, mix: Mix, experts: int) 
             raise CheckpointError(f"a change of {key!r} does not fit a {type(module).__name__}", where=name)
     if _is_matrix(module):
         return _matrix(module, name, parts, mix, experts)
-    if not parts.factors and all(parameter.ndim == 1 for parameter in own.values()):
+    alone = len(own) == len(list(module.parameters()))  # what lies within a module may have changes of its own
+    if not parts.factors and alone and all(parameter.ndim == 1 for parameter in own.values()):
         return ExclusiveVectors(name, mix, experts, module=module, vectors=parts.changes)
     cause = f"a {type(module).__name__} cannot have weights of its own for each row of a batch"
     raise CheckpointError(cause, where=name, fix=_EXCLUDE)

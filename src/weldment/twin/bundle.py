@@ -9,7 +9,7 @@ OUT/twin.json     what is in the bundle, and the digest of every file
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,15 +156,27 @@ def read_bundle(folder: str | Path, *, check: bool = True) -> Bundle:
     """
     folder = Path(folder).expanduser()
     content = _read_json(folder)
-    problems = [
-        f"{name} {problem}"
-        for name, stated in content["files"].items()
-        if (problem := _problem(folder / name, stated, check))
-    ]
-    if problems:
+    if problems := _problems(folder, content["files"], check):
         raise CheckpointError("; ".join(problems), where=str(folder), fix=_REBUILD)
     experts = tuple(expert_part(folder, str(record["name"]), record) for record in content["experts"])
     return Bundle(folder, experts, content["shared"], content["exclusive"])
+
+
+def compare_files(folder: Path, known: Container[str]) -> tuple[int, list[str]]:
+    """How many files of a bundle, but for the known ones, were compared with `twin.json`, and what is wrong with them.
+
+    Raises:
+        CheckpointError: `twin.json` is damaged.
+    """
+    files = {name: stated for name, stated in _read_json(folder)["files"].items() if name not in known}
+    return len(files), [f"file {problem}" for problem in _problems(folder, files, check=True)]
+
+
+def _problems(folder: Path, files: Mapping[str, Mapping[str, Any]], check: bool) -> list[str]:
+    """What is wrong with files, each with its name."""
+    return [
+        f"{name} {problem}" for name, stated in files.items() if (problem := _problem(folder / name, stated, check))
+    ]
 
 
 def _problem(path: Path, stated: Mapping[str, Any], check: bool) -> str:

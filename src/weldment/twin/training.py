@@ -236,7 +236,7 @@ def _drawn(tasks: Mapping[str, Task], name: str, settings: RouterSettings) -> di
     problems: list[WeldmentError] = []
     for expert, task in tasks.items():
         try:
-            found[expert] = _shuffled(task.split(name), settings.seed).first(limit)
+            found[expert] = shuffled(task.split(name), settings.seed).first(limit)
             if len(found[expert]) < LEAST:
                 cause = f"the {name} split has {len(found[expert])} examples"
                 problems.append(TaskError(cause, where=f"router.data.{expert}", fix=f"Give at least {LEAST}"))
@@ -247,7 +247,8 @@ def _drawn(tasks: Mapping[str, Task], name: str, settings: RouterSettings) -> di
     return found
 
 
-def _shuffled(split: Split, seed: int) -> Split:
+def shuffled(split: Split, seed: int) -> Split:
+    """The examples in an order that the seed draws."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).tolist()
     pairs = None if split.pairs is None else tuple(split.pairs[place] for place in order)
     return Split(tuple(split.texts[place] for place in order), pairs, split.labels[order])
