@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,17 @@ from weldment.engine.pools import process_pool, thread_pool
 from weldment.engine.scheduler import Scheduler, Stages, Task
 from weldment.engine.work import Part, Work, Worker, Works, merge_span, statistic_stages, tensor_stages
 from weldment.engine.workspace import Workspace
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch: sums of linear algebra come out the same whatever the number of processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,14 +127,3 @@ def threshold_of(features: Tensor, state: Mapping[str, Tensor], share: float) ->
     """The squared distance per dimension to the nearest centre that a share of the features exceeds."""
     nearest = distances(features, state["whitening"], state["centres"]).amin(dim=1) / state["whitening"].shape[0]
     return float(nearest.double().quantile(1.0 - share))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in the same order on every machine: what is trained does not depend on the number of processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weldment.engine.run import one_thread
 from weldment.errors import TaskError, UserError, WeldmentError, joined
 from weldment.evaluation.tasks import Split, Task, load_task
 from weldment.twin.arrow import directions
 from weldment.twin.bundle import ExpertPart
 from weldment.twin.features import features, spread_layers
-from weldment.twin.fitting import Sample, best_temperature, class_means, one_thread, threshold_of, train_mlp
+from weldment.twin.fitting import Sample, best_temperature, class_means, threshold_of, train_mlp
 from weldment.twin.router import BY_FEATURES, KINDS, Router, RouterConfig, save_router
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from weldment.adapters.merge.spaces import Kernel
 from weldment.adapters.writing import AdapterWriter
 from weldment.checkpoint.dtypes import torch_dtype
 from weldment.engine.progress import Amount, Progress
+from weldment.engine.run import one_thread
 from weldment.errors import NonFiniteError
 from weldment.planning.build import head_file
 from weldment.planning.misfits import some
@@ -93,7 +93,7 @@ def merge_adapters(
     progress.begin(Amount.of(plan.read_bytes), Amount.of(0))
     outcome = Outcome()
     with AdapterWriter(out, overwrite=overwrite) as writer:
-        with _one_thread_each():
+        with one_thread():
             for module, merged in _merged_layers(plan, threads):
                 _add(module, merged, outcome, writer)
                 progress.advance(module.name, Amount.of(module.read_bytes))
@@ -110,17 +110,6 @@ def merge_adapters(
         ranks = {pattern_of(plan, module): outcome.ranks[module.name] for module in plan.modules}
         record = adapter_manifest(plan, outcome.ranks, outcome.lost)
         return writer.publish(with_ranks(plan.config, ranks), adapter_card(plan), record), outcome.lost
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Sums of linear algebra do not depend on the number of processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _merged_layers(plan: AdapterPlan, threads: int) -> Iterator[tuple[Module, Merged]]:
