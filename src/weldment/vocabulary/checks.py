@@ -101,8 +101,7 @@ def _ids(folder: Path, rows: int | None) -> Iterator[str]:
 
 def _special_tokens(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
     """Special tokens that do not come back as one token, though the tokenizer that they are from brings them back."""
-    added = parsed(output.json()).get("added_tokens") or []
-    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    special = {token["content"]: token["id"] for token in output.added if token.get("special")}
     broken = [token for token, row in special.items() if not _is_one(written, token, row)]
     before = _before(output) if broken else None
     known = output.start.tokens
@@ -135,9 +134,10 @@ def _template(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
             yield f"its chat template cannot be rendered: {error}"
         return
     ids = written.encode(text, add_special_tokens=False).ids
-    added = parsed(output.json()).get("added_tokens") or []
     markers = {
-        token["content"]: token["id"] for token in added if token["content"] in text and len(token["content"]) > 2
+        token["content"]: token["id"]
+        for token in output.added
+        if token["content"] in text and len(token["content"]) > 2
     }
     split = [token for token, row in markers.items() if row not in ids]
     if split:
