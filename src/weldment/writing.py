@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import torch
 
 from weldment.checkpoint.journal import Earlier, Journal
 from weldment.checkpoint.layout import INDEX, Layout
-from weldment.checkpoint.model import WeightFile
+from weldment.checkpoint.model import Checkpoint, WeightFile
 from weldment.checkpoint.side_files import copy_side_files, write_json
 from weldment.checkpoint.staging import MANIFEST, Staging, free_bytes, is_published
 from weldment.engine.checksum import Checksum
@@ -21,12 +20,13 @@ from weldment.engine.execute import Execution, execute
 from weldment.engine.progress import Progress
 from weldment.engine.run import Machine
 from weldment.errors import CheckpointError, OutputError
+from weldment.planning.config import with_rows
 from weldment.planning.plan import Plan
 from weldment.planning.roles import input_embedding
 from weldment.report.card import model_card
 from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
 from weldment.version import __version__
-from weldment.vocabulary.checks import check_written
+from weldment.vocabulary.checks import check_copied, check_written
 from weldment.vocabulary.writing import write_generation_config, write_tokenizer
 
 if TYPE_CHECKING:
@@ -179,11 +179,19 @@ class Run:
             raise OutputError(cause, where=str(staging.out), fix="Free some space, or choose another disk")
 
 
-def _token_rows(plan: Plan) -> int:
-    """Rows of the merged token embeddings; without bound where these are not known by name."""
+def _token_rows(plan: Plan) -> int | None:
+    """Rows of the merged token embeddings; None where these are not known by name."""
     shapes = {job.name: job.shape for job in plan.jobs if not job.file}
     name = input_embedding(shapes)
-    return sys.maxsize if name is None else shapes[name][0]
+    return None if name is None else shapes[name][0]
+
+
+def _head_config(plan: Plan, expert: Checkpoint, rows: int | None) -> Mapping[str, Any]:
+    """An expert's configuration, with the number of rows that its head has where that is aligned by token."""
+    name = input_embedding(expert.tensors)
+    if plan.output is None or rows is None or name is None:
+        return expert.config
+    return with_rows(expert.config, expert.tensors[name].shape[0], rows)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -216,13 +224,16 @@ def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:
         write_generation_config(folder, plan.tokenizer)
     if plan.config:
         write_json(folder / "config.json", plan.config)
+    rows = _token_rows(plan)
     if plan.output is not None:
-        check_written(folder, plan.output, _token_rows(plan))
+        check_written(folder, plan.output, rows)
+    elif rows is not None:
+        check_copied(folder, plan.tokenizer.reference, rows)
     if (index := plan.layout.index()) is not None:
         write_json(folder / INDEX, index)
     for name, expert in plan.heads.items():
         if expert.config:
-            write_json(folder / "heads" / f"{name}.json", expert.config)
+            write_json(folder / "heads" / f"{name}.json", _head_config(plan, expert, rows))
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
     headers = {file.name: len(file.header) for file in plan.layout.files}
     files = {

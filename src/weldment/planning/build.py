@@ -17,7 +17,7 @@ from weldment.planning.ledger import account
 from weldment.planning.patterns import check_patterns
 from weldment.planning.plan import Plan, TensorJob
 from weldment.planning.requests import Request, Slicing, is_in_stack, slicing, whole_models
-from weldment.planning.roles import input_embedding
+from weldment.planning.roles import has_token_rows, input_embedding
 from weldment.planning.sorting import Sorted, sort_tensors
 from weldment.planning.tying import declared_tying, with_tying
 from weldment.planning.vocabulary import compare_vocabularies, settle_vocabulary
@@ -44,10 +44,10 @@ def build_plan(
     words = settle_vocabulary(inputs, left, stages)
     inputs = words.inputs
     sliced, slice_problems = slicing(inputs, left.tensors) if recipe.slices else (None, [])
-    made = merge_jobs(inputs, left, _requests(inputs, left, sliced))
+    made = merge_jobs(inputs, left, _requests(inputs, left, sliced), is_aligned=not words.problems)
     problems: list[WeldmentError] = [*left.problems, *slice_problems, *_taken_layers(inputs, left, sliced)]
     patterns = check_patterns(inputs, made.jobs)
-    problems += [*made.problems, *words.problems, *_differences(inputs, made.jobs), *patterns.problems]
+    problems += [*made.problems, *words.problems, *_differences(inputs, left, made.jobs, stages), *patterns.problems]
     if problems:
         raise joined(PlanError, problems)
     jobs = [*made.jobs, *(copy_job(found, dtype=recipe.dtype) for found in left.taken)]
@@ -88,11 +88,19 @@ def _requests(inputs: Inputs, left: Sorted, sliced: Slicing | None) -> Iterable[
     return whole_models(inputs, left.tensors)
 
 
-def _differences(inputs: Inputs, jobs: Sequence[TensorJob]) -> Sequence[PlanError]:
-    """Vocabularies whose rows are merged and not aligned, although they differ."""
-    name = input_embedding(job.name for job in jobs)
-    is_merged = any(job.name == name and job.action == "merge" and len(set(job.models)) > 1 for job in jobs)
-    return compare_vocabularies(inputs) if is_merged and not inputs.recipe.tokenizer else ()
+def _differences(
+    inputs: Inputs, left: Sorted, jobs: Sequence[TensorJob], stages: Sequence[Plan]
+) -> Sequence[PlanError]:
+    """Vocabularies that differ, although the output has rows of several models that are not aligned.
+
+    Rows are mixed where they are merged, and where the embeddings come from one model and the head from another.
+    """
+    used = {model for job in jobs if has_token_rows(job.name) for model in job.models}
+    used |= {found.model for found in left.taken if has_token_rows(found.name)}
+    if inputs.recipe.tokenizer or len(used) < 2:
+        return ()
+    order = dict.fromkeys([*inputs.participants, *inputs.models])
+    return compare_vocabularies(inputs, [model for model in order if model in used], stages)
 
 
 def layout_of(jobs: Iterable[TensorJob], shard_bytes: int) -> Layout:

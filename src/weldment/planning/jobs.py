@@ -33,8 +33,12 @@ class Jobs:
     problems: list[WeldmentError] = field(default_factory=list)
 
 
-def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Jobs:
-    """A job for each request; what does not fit is among the problems, and constants that are left out in `left`."""
+def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request], *, is_aligned: bool = True) -> Jobs:
+    """A job for each request; what does not fit is among the problems, and constants that are left out in `left`.
+
+    Args:
+        is_aligned: false where vocabularies could not be aligned, which explains that their sizes differ.
+    """
     misfits = Misfits(inputs)
     made = Jobs()
     requests = list(requests)
@@ -50,7 +54,7 @@ def merge_jobs(inputs: Inputs, left: Sorted, requests: Iterable[Request]) -> Job
                 made.jobs.append(_job(inputs, request, holders, stacks))
             except RecipeError as error:
                 made.problems.append(error)
-    made.problems += misfits.problems()
+    made.problems += misfits.problems(is_aligned=is_aligned)
     # The same bad value meets many tensors; the first of them stands for all.
     made.problems = list({problem.cause: problem for problem in reversed(made.problems)}.values())[::-1]
     return made

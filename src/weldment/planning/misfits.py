@@ -63,11 +63,13 @@ class Misfits:
             return True
         return False
 
-    def problems(self) -> list[PlanError]:
-        """One problem for each cause."""
+    def problems(self, *, is_aligned: bool = True) -> list[PlanError]:
+        """One problem for each cause; none for vocabularies where it is known that they could not be aligned."""
         foreign = {model: why for model in self._inputs.participants if (why := self._foreign(model))}
         found = list(foreign.values())
-        found += self._shape_problems({n: s for n, s in self._shapes.items() if not foreign.keys() & s.keys()})
+        found += self._shape_problems(
+            {n: s for n, s in self._shapes.items() if not foreign.keys() & s.keys()}, is_aligned=is_aligned
+        )
         absences = {n: a for n, a in self._absent.items() if not foreign.keys() & {*a[0], *a[1]}}
         for absence in dict.fromkeys(absences.values()):
             found.append(self._absence_problem(absence, [n for n, other in absences.items() if other == absence]))
@@ -118,15 +120,17 @@ class Misfits:
         own, other = (depths(self._inputs.tensors[m]) for m in (model, self._inputs.reference))
         return next((stack for stack in own if stack in other and own[stack] != other[stack]), None)
 
-    def _shape_problems(self, shapes: Mapping[str, Shapes]) -> list[PlanError]:
+    def _shape_problems(self, shapes: Mapping[str, Shapes], *, is_aligned: bool) -> list[PlanError]:
         rows = {name: self._is_vocabulary(found) for name, found in shapes.items()}
         vocabulary = [name for name, is_rows in rows.items() if is_rows]
         others = [name for name, is_rows in rows.items() if not is_rows]
         problems: list[PlanError] = []
-        differences = compare_vocabularies(self._inputs) if vocabulary and not self._inputs.recipe.tokenizer else ()
+        participants = self._inputs.participants
+        is_asked = self._inputs.recipe.tokenizer
+        differences = compare_vocabularies(self._inputs, participants) if vocabulary and not is_asked else ()
         if differences:
             problems += differences
-        elif vocabulary:
+        elif vocabulary and is_aligned:
             cause = f"different vocabularies: {some(vocabulary)}: {_listed(shapes[vocabulary[0]])}"
             fix = (
                 "Merging rows by position would mix different tokens. Align them (`tokenizer: {source: union}`), "

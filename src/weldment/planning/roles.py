@@ -69,6 +69,11 @@ def is_token_bias(name: str) -> bool:
     return _TOKEN_BIAS.search(name) is not None
 
 
+def has_token_rows(name: str) -> bool:
+    """Whether a tensor has a row, or an element, for each token: token embeddings, heads and their biases."""
+    return name == input_embedding([name]) or is_head(name) or is_token_bias(name)
+
+
 def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the rows of a tensor belong to tokens or positions; convolutions that embed patches have none such."""
     return len(shape) == 2 and (is_head(name) or is_embedding(name))

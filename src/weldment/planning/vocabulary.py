@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weldment.checkpoint.model import Checkpoint, Rows, TensorEntry
+from weldment.checkpoint.side_files import read_side_file
 from weldment.errors import CheckpointError, PlanError, WeldmentError, joined
 from weldment.planning.files import tokenizer_model
 from weldment.planning.inputs import Inputs
 from weldment.planning.plan import Plan
-from weldment.planning.roles import Tensors, head_name, input_embedding, is_head, is_token_bias
+from weldment.planning.roles import (
+    Tensors,
+    has_token_rows,
+    head_name,
+    input_embedding,
+    is_head,
+    is_token_bias,
+    original_of,
+)
 from weldment.planning.sorting import Sorted
 from weldment.vocabulary.output import Output
 from weldment.vocabulary.rows import Alignment, Counts, Embedded, align
@@ -84,7 +93,7 @@ def _with_template(inputs: Inputs, tokenizer: Checkpoint, wishes: Wishes, stages
 
 def _tokenizer(inputs: Inputs, model: str, stages: Sequence[Plan]) -> Tokenizer | None:
     """A model's tokenizer, or that of an intermediate merge; None if it has none."""
-    stage = next((stage for stage in stages if stage.recipe.name == model), None)
+    stage = _stage(model, stages)
     if stage is None:
         return open_tokenizer(inputs.models[model])
     if stage.output is not None:
@@ -121,7 +130,8 @@ def _aligned(inputs: Inputs, left: Sorted, wishes: Wishes, stages: Sequence[Plan
     for model, kept in left.tensors.items():
         left.tensors[model] = aligner.tensors(model, kept)
     left.taken = [found._replace(entry=aligner.entry(found.model, found.name, found.entry)) for found in left.taken]
-    stage = next((stage for stage in stages if stage.recipe.name == first), None)
+    left.heads = [found._replace(entry=aligner.entry(found.model, found.name, found.entry)) for found in left.heads]
+    stage = _stage(first, stages)
     return Words(
         replace(inputs, tensors=tensors),
         inputs.models[first] if stage is None else stage.tokenizer,
@@ -205,11 +215,11 @@ class _Aligner:
 
 def _with_rows(name: str, shape: tuple[int, ...], old: int, new: int) -> tuple[int, ...] | None:
     """The shape of a tensor with a row or an element for each token, with another number of them; None for others."""
-    if name == input_embedding([name]) or is_head(name):
-        return (new, *shape[1:]) if shape[:1] == (old,) else None
-    if is_token_bias(name) and shape in ((old,), (1, old)):
-        return (*shape[:-1], new)
-    return None
+    if not has_token_rows(name):
+        return None
+    if is_token_bias(name):
+        return (*shape[:-1], new) if shape in ((old,), (1, old)) else None
+    return (new, *shape[1:]) if shape[:1] == (old,) else None
 
 
 def _alignment_notes(inputs: Inputs, alignment: Alignment, output: Output) -> Iterator[str]:
@@ -231,9 +241,9 @@ def _described(counts: Counts) -> str:
     return ", ".join(part for part in parts if not part.startswith("0 "))
 
 
-def compare_vocabularies(inputs: Inputs) -> tuple[PlanError, ...]:
-    """A problem for each participant whose tokenizer's tokens are not those of the first one that has a tokenizer."""
-    raw = {model: content for model in inputs.participants if (content := _raw(inputs.models[model]))}
+def compare_vocabularies(inputs: Inputs, models: Sequence[str], stages: Sequence[Plan] = ()) -> tuple[PlanError, ...]:
+    """A problem for each model whose tokenizer's tokens are not those of the first one that has a tokenizer."""
+    raw = {model: content for model in models if (content := _raw(inputs, model, stages))}
     if len(set(raw.values())) < 2:
         return ()
     first, *others = raw
@@ -242,11 +252,16 @@ def compare_vocabularies(inputs: Inputs) -> tuple[PlanError, ...]:
     return tuple(problem for problem in found if problem is not None)
 
 
-def _raw(model: Checkpoint) -> bytes | None:
+def _raw(inputs: Inputs, model: str, stages: Sequence[Plan]) -> bytes | None:
     """The content of `tokenizer.json`; it is downloaded if need be, for it decides whether the weights are wanted."""
-    from weldment.checkpoint.side_files import read_side_file
+    stage = _stage(model, stages)
+    if stage is not None and stage.output is not None:
+        return stage.output.json()
+    return read_side_file(inputs.models[model] if stage is None else stage.tokenizer, TOKENIZER)
 
-    return read_side_file(model, TOKENIZER)
+
+def _stage(model: str, stages: Sequence[Plan]) -> Plan | None:
+    return next((stage for stage in stages if stage.recipe.name == model), None)
 
 
 def _difference(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
@@ -271,7 +286,8 @@ def _few(tokens: Sequence[str], show: Callable[[str], str]) -> str:
 def _advice(inputs: Inputs, first: str, more: Sequence[str], united: int) -> str:
     """What can be done about vocabularies that differ."""
     tensors = inputs.tensors[first]
-    names = [name for name in (input_embedding(tensors), head_name(tensors)) if name]
+    biases = (name for name in tensors if is_token_bias(name) and original_of(name) not in tensors)
+    names = [name for name in (input_embedding(tensors), head_name(tensors), *biases) if name]
     base = "base" if inputs.recipe.base_model is not None else first
     owner = inputs.recipe.base_model or first
     left_out = f" and leave {len(more)} tokens out" if more and owner == first else ""

@@ -157,10 +157,11 @@ def _over(own: Settings, shared: Settings) -> dict[str, Any]:
 
 
 def _tokenizer(document: Mapping[str, Any]) -> Any:
-    """`tokenizer` as written; the older `tokenizer_source` as the mapping that stands for it."""
+    """`tokenizer` as written, a union if it does not say; the older `tokenizer_source` as what stands for it."""
     if document.get("tokenizer_source") is not None:
         return {"source": document["tokenizer_source"]}
-    return document.get("tokenizer")
+    written = document.get("tokenizer")
+    return {"source": "union", **written} if isinstance(written, Mapping) else written
 
 
 def _unknown_models(section: RecipeSection, recipe: Recipe, place: Place) -> list[RecipeError]:

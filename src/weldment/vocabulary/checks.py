@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weldment.errors import MergeError
 from weldment.vocabulary.output import Output
 from weldment.vocabulary.templates import rendered
-from weldment.vocabulary.tokenizer import TOKENIZER, parsed
+from weldment.vocabulary.tokenizer import TOKENIZER, parsed, rows_of
 from weldment.vocabulary.writing import GENERATION
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ TEXTS = (
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def check_written(folder: Path, output: Output, rows: int) -> None:
+def check_written(folder: Path, output: Output, rows: int | None) -> None:
     """Check the tokenizer in a folder.
 
     Args:
         output: what it is meant to be.
-        rows: of the embeddings.
+        rows: of the embeddings; None if these are not known by name.
 
     Raises:
         MergeError: it lies at other rows than the embeddings, or does not treat text as the one it was made from.
@@ -53,10 +53,30 @@ def check_written(folder: Path, output: Output, rows: int) -> None:
         raise MergeError(f"the merged tokenizer is not right: {'; '.join(found)}", where=str(path), fix=fix)
 
 
-def _rows(written: tokenizers.Tokenizer, output: Output, rows: int) -> Iterator[str]:
+def check_copied(folder: Path, source: str, rows: int) -> None:
+    """Check that every token of a tokenizer that was copied as it is has a row.
+
+    Args:
+        source: the model that it is from.
+        rows: of the embeddings.
+
+    Raises:
+        MergeError: a token has none.
+    """
+    path = folder / TOKENIZER
+    tokens = rows_of(parsed(path.read_bytes())) if path.is_file() else {}
+    beyond = sorted((token for token, row in tokens.items() if row >= rows), key=lambda token: tokens[token])
+    if beyond:
+        listing = ", ".join(f"{token!r} (row {tokens[token]})" for token in beyond[:3])
+        cause = f"{len(beyond)} tokens of the tokenizer have no row, for the embeddings have {rows}: {listing}"
+        fix = f"`tokenizer: {{source: {source}}}` gives them rows"
+        raise MergeError(cause, where=str(path), fix=fix)
+
+
+def _rows(written: tokenizers.Tokenizer, output: Output, rows: int | None) -> Iterator[str]:
     tokens = written.get_vocab(with_added_tokens=True)
     highest = max(tokens.values(), default=-1)
-    if highest >= rows:
+    if rows is not None and highest >= rows:
         yield f"its highest row is {highest}, and the embeddings have {rows} rows"
     if tokens != output.tokens:
         moved = [
@@ -66,8 +86,10 @@ def _rows(written: tokenizers.Tokenizer, output: Output, rows: int) -> Iterator[
         yield f"{len(moved)} tokens lie at other rows than their embeddings: {shown}"
 
 
-def _ids(folder: Path, rows: int) -> Iterator[str]:
+def _ids(folder: Path, rows: int | None) -> Iterator[str]:
     """Ids of special tokens in the configurations that have no row."""
+    if rows is None:
+        return
     for name in ("config.json", GENERATION):
         path = folder / name
         config: Mapping[str, Any] = parsed(path.read_bytes()) if path.is_file() else {}
@@ -79,8 +101,7 @@ def _ids(folder: Path, rows: int) -> Iterator[str]:
 
 def _special_tokens(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
     """Special tokens that do not come back as one token, though the tokenizer that they are from brings them back."""
-    added = parsed(output.json()).get("added_tokens") or []
-    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    special = {token["content"]: token["id"] for token in output.added if token.get("special")}
     broken = [token for token, row in special.items() if not _is_one(written, token, row)]
     before = _before(output) if broken else None
     known = output.start.tokens
@@ -113,9 +134,10 @@ def _template(written: tokenizers.Tokenizer, output: Output) -> Iterator[str]:
             yield f"its chat template cannot be rendered: {error}"
         return
     ids = written.encode(text, add_special_tokens=False).ids
-    added = parsed(output.json()).get("added_tokens") or []
     markers = {
-        token["content"]: token["id"] for token in added if token["content"] in text and len(token["content"]) > 2
+        token["content"]: token["id"]
+        for token in output.added
+        if token["content"] in text and len(token["content"]) > 2
     }
     split = [token for token, row in markers.items() if row not in ids]
     if split:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from weldment.vocabulary.spelling import respelled
-from weldment.vocabulary.tokenizer import Tokenizer, parsed
+from weldment.vocabulary.tokenizer import Tokenizer
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LOW = 10.0
@@ -86,9 +86,8 @@ class Output:
         if self.template is not None:
             settings["chat_template"] = self.template
         if self.is_changed and "added_tokens_decoder" in settings:
-            listed = parsed(self.json())["added_tokens"]
             settings["added_tokens_decoder"] = {
-                str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in listed
+                str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in self.added
             }
         return settings
 
@@ -100,8 +99,15 @@ class Output:
     def _json(self) -> bytes:
         if not self.is_changed:
             return self.start.raw
-        return (json.dumps(self._content(), ensure_ascii=False, indent=1) + "\n").encode()
+        # Indented, it would be written by Python's own encoder, which takes ten times as long.
+        return (json.dumps(self._content, ensure_ascii=False) + "\n").encode()
 
+    @property
+    def added(self) -> Sequence[Mapping[str, Any]]:
+        """The tokens that are found in text before the model splits it, with their flags."""
+        return self._content["added_tokens"] if self.is_changed else list(self.start.added.values())
+
+    @cached_property
     def _content(self) -> dict[str, Any]:
         content = dict(self.start.content)
         found = [token for token in self.new if token.flags is not None]

@@ -34,7 +34,20 @@ MISTRAL = (
     "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
     "{% endfor %}"
 )
-TEMPLATES: Mapping[str, str] = {"alpaca": ALPACA, "chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
+EXAONE = (
+    "{% for message in messages %}"
+    "{{ '[|' + message['role'] + '|]' + message['content'] }}"
+    "{{ '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+)
+TEMPLATES: Mapping[str, str] = {
+    "alpaca": ALPACA,
+    "chatml": CHATML,
+    "exaone": EXAONE,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+}
 """By the names that recipes may give."""
 
 TALK = (
