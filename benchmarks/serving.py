@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
+import itertools
 import json
 import random
 import re
@@ -56,7 +58,7 @@ class Load:
 
     def line(self, name: str) -> str:
         whole = time.perf_counter() - self.began
-        ordered = sorted(self.seconds)
+        ordered = sorted(self.seconds) or [float("nan")]
         p50, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000 for share in (0.5, 0.99))
         rate = len(ordered) / whole
         return f"{name}: {rate:.0f} requests/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, outcomes {dict(self.outcomes)}"
@@ -88,13 +90,14 @@ async def measure(url: str, options: argparse.Namespace, server: subprocess.Pope
         (card,) = (await client.get("/v1/models")).json()["data"]
         path, bodies = bodies_for(card, options)
         await closed(Load(client, path, bodies), 4 * options.clients, options.clients)
+        before = (await client.get("/metrics")).text
         load = Load(client, path, bodies)
         await closed(load, options.requests, options.clients)
-        print(load.line(f"closed loop, {options.clients} clients"))
+        now = (await client.get("/metrics")).text
+        print(load.line(f"closed loop, {options.clients} clients"), *batches(before, now))
         load = Load(client, path, bodies)
         await opened(load, options.requests, options.rate)
-        print(load.line(f"open loop, {options.rate:g} requests/s"))
-        print("batches:", *batches((await client.get("/metrics")).text))
+        print(load.line(f"open loop, {options.rate:g} requests/s"), *batches(now, (await client.get("/metrics")).text))
         load = Load(client, path, bodies)
         going = asyncio.create_task(closed(load, 10**9, options.clients))
         await asyncio.sleep(2)
@@ -106,20 +109,29 @@ async def measure(url: str, options: argparse.Namespace, server: subprocess.Pope
 def bodies_for(card: dict[str, object], options: argparse.Namespace) -> tuple[str, list[dict[str, object]]]:
     texts = [f"{'a rather long and winding sentence ' * (n % 8 + 1)}number {n}" for n in range(200)]
     if options.texts:
-        lines = Path(options.texts).read_text(encoding="utf-8").splitlines()[:1000]
-        texts = [json.loads(line)["text"] for line in lines]
+        texts = [text for path in options.texts for text in texts_of(Path(path))]
+        random.Random(1).shuffle(texts)
     if "/v1/classify" in card["endpoints"]:  # pyright: ignore[reportOperatorIssue]
         return "/v1/classify", [{"input": text} for text in texts]
     asked = {"model": card["id"], "max_tokens": options.tokens, "temperature": 0}
     return "/v1/completions", [{**asked, "prompt": text} for text in texts]
 
 
-def batches(page: str) -> list[str]:
-    found = {}
-    for kind, part, value in re.findall(r'weldment_batch_rows_(\w+)\{kind="(\w+)"\} (\S+)', page):
-        found[(part, kind)] = float(value)
-    kinds = {kind for kind, _ in found}
-    return [f"{kind}: {found[kind, 'sum'] / found[kind, 'count']:.1f} rows" for kind in sorted(kinds)]
+def texts_of(path: Path) -> list[str]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in itertools.islice(file, 200)]
+
+
+def batches(before: str, after: str) -> list[str]:
+    """Mean rows of the batches between two readings of the metrics."""
+    first, last = rows_in(before), rows_in(after)
+    made = {kind: [last[kind, part] - first.get((kind, part), 0.0) for part in ("sum", "count")] for kind, _ in last}
+    return [f"{kind} batches of {rows / count:.1f} rows" for kind, (rows, count) in sorted(made.items()) if count]
+
+
+def rows_in(page: str) -> dict[tuple[str, str], float]:
+    found = re.findall(r'weldment_batch_rows_(sum|count)\{kind="(\w+)"\} (\S+)', page)
+    return {(kind, part): float(value) for part, kind, value in found}
 
 
 def main() -> None:
@@ -129,14 +141,21 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rate", type=float, default=100.0)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--texts", help="a file of JSON lines with `text`")
+    parser.add_argument("--texts", nargs="*", help="files of JSON lines with `text`, mixed")
+    parser.add_argument("--max-batch", default="32")
     options = parser.parse_args()
     words = [sys.executable, "-m", "weldment", "twin", "serve", options.bundle, "--port", "0", "--threads", "1"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([*words, "--max-batch", options.max_batch], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        greeting = "".join(server.stdout.readline() for _ in range(3))
-        asyncio.run(measure(re.findall(r"http://[\w.]+:\d+", greeting)[0], options, server))
-        print("exit code", server.wait(60))
+        try:
+            greeting = "".join(server.stdout.readline() for _ in range(3))
+            found = re.search(r"http://[\w.]+:\d+", greeting)
+            if found is None:
+                raise SystemExit("the server did not start")
+            asyncio.run(measure(found[0], options, server))
+            print("exit code", server.wait(60))
+        finally:
+            server.kill()
 
 
 if __name__ == "__main__":

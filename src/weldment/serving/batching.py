@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TOKENS = 8192
 """Of a batch of inputs, padding included; an input that is longer makes a batch of its own."""
 
+WINDOW = 4
+"""Batches of questions that are taken at a time: enough to put similar lengths together, and none waits for long."""
+
 _log = logging.getLogger(__name__)
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -107,7 +110,7 @@ class Worker:
         while self._has_work():
             questions, writings = self._take()
             for batch in batches(questions, self._batching.rows):
-                self._answer(batch)
+                self._answer([row for row in batch if not row.cancelled])
             if writings:
                 self._begin(writings)
             if len(self._pool):
@@ -140,8 +143,10 @@ class Worker:
         with self._changed:
             self._drop_cancelled()
             for row in self._waiting:
-                if isinstance(row, Question):
+                if isinstance(row, Question) and len(questions) < WINDOW * self._batching.rows:
                     questions.append(row)
+                elif isinstance(row, Question):
+                    left.append(row)
                 elif isinstance(row, Writing) and room and _fits(writings, row):
                     writings.append(row)
                     room -= 1
@@ -152,6 +157,8 @@ class Worker:
         return questions, writings
 
     def _answer(self, batch: Sequence[Question]) -> None:
+        if not batch:
+            return
         with _Failing(batch):
             answers = self._engine.answer(batch)
             self._metrics.read("classify", [row.length for row in batch])
