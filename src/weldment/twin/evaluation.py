@@ -87,7 +87,7 @@ def evaluate_twin(
         tasks: task folders, files of examples, or ids of datasets on the Hub.
         experts: for a task's name, the name of its expert in the bundle; by default the one of the same name.
         originals: for an expert's name in the bundle, the model it was made of; bundles do not keep absolute paths.
-        sweep: levels that all factors are cut to, each with a row of its own.
+        sweep: levels that all factors are cut to, each with a row for the oracle and for the router.
         report: told what is scored at the moment.
         options: attributes of `Options`, without `recalibrate`.
 
@@ -226,8 +226,7 @@ class _Evaluating:
         probabilities, read.weights, fallback = np.split(routing, [count, 2 * count], axis=1)
         read.first = probabilities.argmax(axis=1)
         top = thinned(torch.from_numpy(probabilities), 1, 0.0).numpy() * (1.0 - fallback)
-        oracle = np.zeros_like(top)
-        oracle[:, self.places[task.name]] = 1.0
+        oracle = self._oracle(task, len(top))
         for way, weights in ((SHARED, 0.0 * top), (ORACLE, oracle), (ROUTED, read.weights), (TOP, top)):
             read.logits[way] = self._answered(read, task, way, weights)
         return read
@@ -304,18 +303,28 @@ class _Evaluating:
         cutter = Cutter(self.model, self.levels)
         whole, full = self._bytes()[0], cutter.nbytes
         for level in self.levels:
-            name = f"routed, {level}"
             if not cutter.cuts(level):
-                self.notes.append(f"{name}: the bundle keeps no more singular values than that, so nothing is cut")
-            scores: dict[str, Score] = {}
-            start = time.perf_counter()
+                note = "the bundle keeps no more singular values than that, so nothing is cut"
+                self.notes.append(f"{ROUTED}, {level}: {note}")
             with cutter.cut(level):
                 nbytes = whole - full + cutter.nbytes
-                for task in self._tasks:
-                    own = read[task.name]
-                    scores[task.name] = self._score(task, self._answered(own, task, name, own.weights))
-            spent = time.perf_counter() - start
-            yield Row(name, "merge", scores, 0.0, nbytes, spent, what=f"{_WAYS[ROUTED]}, cut to {level}")
+                # What is lost by cutting alone shows where every input has its expert.
+                for way in (ORACLE, ROUTED):
+                    start = time.perf_counter()
+                    scores = {task.name: self._cut_score(read[task.name], task, way, level) for task in self._tasks}
+                    spent = time.perf_counter() - start
+                    what = f"{_WAYS[way]}, cut to {level}"
+                    yield Row(f"{way}, {level}", "merge", scores, 0.0, nbytes, spent, what=what)
+
+    def _cut_score(self, read: _Read, task: Task, way: str, level: Level) -> Score:
+        weights = read.weights if way == ROUTED else self._oracle(task, len(read.weights))
+        return self._score(task, self._answered(read, task, f"{way}, {level}", weights))
+
+    def _oracle(self, task: Task, count: int) -> ndarray:
+        """Weights (n, experts) of the task's expert alone."""
+        weights = np.zeros((count, len(self.bundle.names)))
+        weights[:, self.places[task.name]] = 1.0
+        return weights
 
     def _bytes(self) -> tuple[int, int]:
         """Of all tensors in memory, and of the shared model's."""
