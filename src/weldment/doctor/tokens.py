@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 
 from weldment.checkpoint.model import Checkpoint
 from weldment.doctor.findings import Finding, few
-from weldment.planning.vocabulary import Vocabulary, vocabulary
+from weldment.vocabulary.templates import syntax_error
+from weldment.vocabulary.tokenizer import Vocabulary, parsed, vocabulary
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _MARKER = re.compile(r"<\|[\w.-]+\|>|<(?:start|end)_of_turn>")
@@ -60,13 +60,7 @@ def read_tokens(model: Checkpoint) -> Tokens | None:
 def _json(model: Checkpoint, name: str) -> Mapping[str, Any]:
     """A JSON file beside a model; empty if it is not there or no object."""
     path = model.side_path(name) if name in model.side_files else None
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return {} if path is None else parsed(path.read_bytes())
 
 
 def _content(token: Any) -> str | None:
@@ -173,7 +167,7 @@ def _ids(model: Checkpoint, known: Vocabulary, rows: int) -> Iterator[Finding]:
 def _check_templates(reference: str, tokens: Tokens) -> Iterator[Finding]:
     for name, template in tokens.templates.items():
         which = "the chat template" if name == "default" else f"the chat template {name!r}"
-        if (error := _template_error(template)) is not None:
+        if (error := syntax_error(template)) is not None:
             text = f"{which} cannot be parsed: {error}"
             yield Finding("problem", "chat-template", reference, text, "Restore it from the model it was made for")
         unknown = [m for m in dict.fromkeys(_MARKER.findall(template)) if m not in tokens.vocabulary]
@@ -181,17 +175,3 @@ def _check_templates(reference: str, tokens: Tokens) -> Iterator[Finding]:
             text = f"{which} uses markers that are no tokens: {few(unknown)}"
             advice = "The model has never seen them as one token: take template and tokenizer from one model"
             yield Finding("warning", "template-marker", reference, text, advice)
-
-
-def _template_error(template: str) -> str | None:
-    """Why a template cannot be parsed."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # transformers knows one more statement, which changes nothing of what is written.
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except TemplateSyntaxError as error:
-        return f"{error.message} (line {error.lineno})"
-    return None

@@ -70,13 +70,20 @@ def check_syntax(template: str, where: str) -> None:
     Raises:
         PlanError: with the line at fault.
     """
+    if (error := syntax_error(template)) is not None:
+        fix = "Correct it, or name one: auto, " + ", ".join(TEMPLATES)
+        raise PlanError(f"the chat template cannot be parsed: {error}", where=where, fix=fix)
+
+
+def syntax_error(template: str) -> str | None:
+    """Why a template cannot be parsed, with the line; None if it can."""
     from jinja2 import TemplateSyntaxError
 
     try:
         _environment().parse(template)
     except TemplateSyntaxError as error:
-        cause = f"the chat template cannot be parsed: {error.message} (line {error.lineno})"
-        raise PlanError(cause, where=where, fix="Correct it, or name one: auto, " + ", ".join(TEMPLATES)) from error
+        return f"{error.message} (line {error.lineno})"
+    return None
 
 
 def rendered(template: str, roles: Mapping[str, str]) -> str:
