@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -162,7 +163,8 @@ def test_two_folders_change_places(tmp_path: Path) -> None:
     assert not exchange(tmp_path / "a", tmp_path / "nowhere")
 
 
-def test_a_second_run_is_refused_while_the_first_is_there(out: Path) -> None:
+def test_a_second_run_is_refused_while_the_first_is_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
     with Staging(out) as first:
         fill(first)
         with pytest.raises(OutputError, match="another merge is writing this output"), Staging(out):
@@ -194,6 +196,16 @@ def test_the_lock_of_a_killed_process_is_free(out: Path) -> None:
         holder.kill()
     with Staging(out) as staging:
         assert staging.journal.exists()
+
+
+def test_the_workers_of_a_killed_process_are_waited_for(out: Path) -> None:
+    """They share its lock, and the system ends them a little later than it."""
+    with Staging(out) as first:
+        fill(first)
+        worker = os.dup(first._lock)
+    threading.Timer(0.3, os.close, [worker]).start()
+    with Staging(out) as second:
+        assert tree(second.folder)
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ MANIFEST = "weldment.json"
 _OWN = frozenset({"out", "old", "stages", "journal", "lock"})
 _MODEL_FILES = (MANIFEST, "config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_LOCK_SECONDS = 3.0
+"""Workers of a merge that was killed share its lock until the system has ended them, too."""
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -143,18 +147,15 @@ class Staging:
             self._release()
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                "another merge is writing this output",
-                where=str(self.out),
-                fix="Wait until it is done, or choose another folder",
-            ) from error
-        except OSError as error:
-            # Some network file systems have no locks; a merge without one is better than none.
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
+        patience = time.monotonic() + _LOCK_SECONDS
+        while not _locked(self._lock):
+            if time.monotonic() > patience:
+                raise OutputError(
+                    "another merge is writing this output",
+                    where=str(self.out),
+                    fix="Wait until it is done, or choose another folder",
+                )
+            time.sleep(0.02)
 
     def _is_current(self) -> bool:
         """Whether the locked file is still the one at its path."""
@@ -189,6 +190,18 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock could be taken, or the file system has none: a merge without one is better than none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

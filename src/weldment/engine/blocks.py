@@ -11,7 +11,7 @@ from weldment.methods.block import CHUNK, Unit
 BLOCK = 1 << 18
 """Elements of a block by default: float32 buffers of 1 MB, which stay in the cache."""
 
-SPAN_BLOCKS = 16
+SPAN_BLOCKS = 32
 """Blocks of a task: long enough to be cheap to hand out, short enough to balance the threads."""
 
 

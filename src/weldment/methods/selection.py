@@ -19,7 +19,7 @@ from weldment.methods.block import Block, OrderStatistic, Statistic, Total, Unit
 from weldment.methods.consensus import disjoint_mean, elected_signs, onto_base, vote
 from weldment.methods.method import Method, Parameter
 from weldment.methods.pcb import PCB
-from weldment.methods.spherical import cosines, gram, settled
+from weldment.methods.spherical import cosines, flat_products, gram, settled
 from weldment.methods.task_vectors import LAMBDA
 from weldment.methods.trimming import keep_above
 
@@ -189,7 +189,7 @@ def ramplus_tl(block: Block, *, epsilon: float, **_: object) -> Tensor:
 
 def task_products(block: Block, **_: object) -> Tensor:
     """(T, T): the Gram matrix of the task vectors."""
-    return gram([tau.reshape(-1) for tau in block.task_vectors()])
+    return flat_products(block, block.task_vectors())
 
 
 def stock_share(products: Tensor) -> Tensor:
