@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,18 @@ def measured(merge: Merge, base: ModelState, test: Trial, validation: Trial, see
     return Line(merge.name, default, best, searched, seconds)
 
 
+_given: list[Any] = []
+
+
+def _begin(*given: object) -> None:
+    """What every merge of a worker is measured with; forked, not pickled."""
+    _given[:] = given
+
+
+def _measured(merge: Merge) -> Line:
+    return measured(merge, *_given)
+
+
 def searched_scale(value: Callable[[float], float]) -> float:
     """The scale with the largest value: among three that are far apart, then among the neighbours of the best."""
     found = {scale: value(scale) for scale in COARSE}
@@ -222,8 +236,10 @@ def table(kind: str, tasks: Path, options: argparse.Namespace, report: Report) -
     report(row(["experts", "", "", "", *(f"{score.value:.3f}" for score in test.experts.values()), ""]))
     alone = test.normalised(base)
     report(row(["base", shown([average(alone)]), "", "", *(f"{score.value:.0f}" for score in alone), ""]))
-    for merge in merges(place, models, [name for name in options.methods.split(",") if name]):
-        report(row(measured(merge, base, test, validation, options.seeds).cells()))
+    chosen = list(merges(place, models, [name for name in options.methods.split(",") if name]))
+    with get_context("fork").Pool(options.jobs, _begin, (base, test, validation, options.seeds)) as pool:
+        for line in pool.imap(_measured, chosen):
+            report(row(line.cells()))
     report("", f"{(time.perf_counter() - started) / 60:.1f} minutes", "")
 
 
@@ -238,7 +254,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="")
     parser.add_argument("--dtype", default="auto", help="of the arithmetic of scoring")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="merges measured at a time")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # two processes are faster than two threads of one
     tasks = sampled(options.shared, {"test": options.test, "validation": options.validation}, first=options.first)
     report = Report(options.out)
     report(f"{options.test} test and {options.validation} validation examples a task, {options.seeds} seeds", "")
