@@ -3,7 +3,7 @@
     python benchmarks/twin_quality.py SHARED --out twin_quality [--limit 300] [--dtype auto]
 
 SHARED holds `tasks/<task>` and `experts` (see its README). One bundle is built with all singular values, its router
-trained on the train splits with seed 0 (early stopping and temperature on the validation splits). Everything is scored
+trained on the whole train splits with seed 0 (early stopping and temperature on validation). Everything is scored
 on the test splits, the first `limit` examples or all, through the task's own head; percents are of the experts' scores
 on the same examples. The sweep cuts the one bundle in memory. OUT gets the bundle and the four files
 of a comparison.
@@ -50,7 +50,12 @@ def bundle_recipe(base: str, models: Mapping[str, str], tasks: Path) -> dict[str
         "twin": {
             "shared": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}},
             "exclusive": {"density": 1.0},
-            "router": {"kind": "mlp", "data": {name: str(tasks / name) for name in models}, "seed": 0},
+            "router": {
+                "kind": "mlp",
+                "data": {name: str(tasks / name) for name in models},
+                "examples": 10_000,
+                "seed": 0,
+            },
         },
     }
 

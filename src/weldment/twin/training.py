@@ -61,7 +61,7 @@ class RouterSettings:
     fallback: bool = True
     fallback_share: float = 0.01
     min_weight: float = 0.01
-    examples: int = 1000
+    examples: int = 4000
     max_length: int = 128
     layers: str = "spread"
     width: int = 128
