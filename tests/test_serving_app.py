@@ -18,6 +18,7 @@ openai = pytest.importorskip("openai", reason="the client of OpenAI is not insta
 
 from classifiers import texts  # noqa: E402
 from serving_bundles import LABELS, Served, save_reader, save_writer, served  # noqa: E402
+from weldment.serving import writing  # noqa: E402
 from weldment.serving.batching import Batching  # noqa: E402
 from weldment.serving.engine import Engine  # noqa: E402
 from weldment.serving.limits import Limits  # noqa: E402
@@ -243,6 +244,7 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter"),
     ({"min_p": 0.1}, 400, "min_p", "unknown_parameter"),
     ({"prompt": "w1" * 5000}, 413, None, "request_too_large"),
+    ({"prompt": ["w1"] * 200, "n": 16}, 400, "prompt", "too_many_inputs"),
 ]
 
 
@@ -287,6 +289,7 @@ def test_refused_chats(poet: Served, change: dict[str, Any], param: str, code: s
         ({}, 400, "input", "missing_parameter"),
         ({"input": ["w1", "w1 " * 100]}, 400, "input.1", "context_length_exceeded"),
         ({"input": ["w1"] * 2000}, 400, "input", "too_many_inputs"),
+        ({"input": "w1", "routing": "yes"}, 400, "routing", "invalid_value"),
     ],
 )
 def test_refused_classifications(
@@ -299,6 +302,42 @@ def test_values_that_ask_for_nothing_are_taken(client: Any) -> None:
     neutral: dict[str, Any] = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "user": "me"}
     client.completions.create(model="poet", prompt="w1", max_tokens=1, best_of=1, logprobs=None, **neutral)
     client.chat.completions.create(model="poet", messages=CHAT, max_tokens=1, tools=[], logprobs=False, **neutral)
+
+
+def test_null_leaves_a_field_out(client: Any, judge: Served) -> None:
+    given: dict[str, Any] = {"model": "poet", "temperature": 0, "seed": None, "stream": None, "top_p": None}
+    nothing = {"n": None, "max_tokens": None, "stop": None, "echo": None, "routing": None}
+    found = client.completions.create(prompt="w1", **given, extra_body=nothing)
+    plain = client.completions.create(prompt="w1", model="poet", temperature=0)
+    assert (found.choices, found.usage) == (plain.choices, plain.usage)
+    client.chat.completions.create(messages=CHAT, **given | {"temperature": None}, extra_body={"n": None})
+    assert judge.post("/v1/classify", input="w1", task=None, routing=None).status_code == 200
+
+
+def test_too_many_rows_are_refused_before_any_work(
+    poet: Served, writer: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small body can ask for millions of rows."""
+    monkeypatch.setattr(writer, "encode", lambda *_: pytest.fail("texts were read"))
+    monkeypatch.setattr(writing, "rows_of", lambda *_: pytest.fail("rows were made"))
+    for prompt in (["w1"] * 70, [[1]] * 70):
+        many = poet.post("/v1/completions", model="poet", prompt=prompt, n=16)
+        check_error(many, 400, "prompt", "too_many_inputs")
+
+
+def test_half_of_a_surrogate_pair_is_refused(poet: Served, judge: Served) -> None:
+    kind = {"content-type": "application/json"}
+    for server, path, body, param in (
+        (poet, "completions", {"model": "poet", "prompt": "w1 \ud83d"}, "prompt"),
+        (poet, "completions", {"model": "poet", "prompt": ["w1", "\ud83d"]}, "prompt"),
+        (poet, "chat/completions", {"model": "poet", "messages": [{"role": "user", "content": "\ude00"}]}, None),
+        (judge, "classify", {"input": "\ud83d"}, "input"),
+        (judge, "classify", {"input": {"text": "w1", "text_pair": "\ud83d"}}, "input"),
+    ):
+        found = server.client.post(f"/v1/{path}", content=json.dumps(body), headers=kind)
+        check_error(found, 400, param or "messages.0.content", "invalid_value")
+    whole = server.client.post("/v1/classify", content=b'{"input": "\\ud83d\\ude00"}', headers=kind)
+    assert whole.status_code == 200
 
 
 def test_refused_bodies_and_paths(poet: Served) -> None:

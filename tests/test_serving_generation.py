@@ -150,6 +150,17 @@ def test_columns_without_tokens_are_dropped_from_the_cache(engine: Engine) -> No
     assert cache.get_seq_length() == 1
 
 
+def test_only_the_last_logits_of_prompts_are_calculated(engine: Engine, ticket: Silent) -> None:
+    columns: list[int] = []
+    handle = engine.model.lm_head.register_forward_hook(lambda _, __, logits: columns.append(logits.shape[1]))
+    try:
+        Pool(engine).admit([greedy(ticket, n, prompt, 2) for n, prompt in enumerate(PROMPTS)])
+    finally:
+        handle.remove()
+    # The router of this bundle reads no logits.
+    assert columns == [1]
+
+
 def other(kind: str, folder: Path) -> Engine:
     """A model with learned positions, and one whose cache is a sliding window."""
     torch.manual_seed(1)

@@ -50,5 +50,10 @@ class Question(Row):
     expert: str | None = None
 
     @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether its task is given, and its expert; the model takes questions of one kind at a time."""
+        return self.task is not None, self.expert is not None
+
+    @property
     def length(self) -> int:
         return len(self.inputs["input_ids"])

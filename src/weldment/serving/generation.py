@@ -159,10 +159,9 @@ class Pool:
         if not self._authors:
             self._authors, self._cache, self._mask, self._weights = authors, cache, mask, weights
             return
-        # Nothing changes if one of these fails.
-        joined = caches.join(self._cache, cache), caches.join_masks(self._mask, mask)
+        # If one of these fails midway, parts have different numbers of rows, and the next step fails those that are there.
+        self._cache, self._mask = caches.join(self._cache, cache), caches.join_masks(self._mask, mask)
         self._weights = torch.cat([self._weights, weights])
-        self._cache, self._mask = joined
         self._authors = self._authors + authors
 
     def _leave(self, going: list[int]) -> None:
