@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from weldment.errors import RequestError
-from weldment.serving.classification import Question
+from weldment.serving.classification import Answer, Question
 from weldment.serving.engine import TOKENS
 from weldment.serving.generation import Pool, Writing
 from weldment.serving.rows import Row
@@ -123,7 +123,7 @@ class Worker:
     def _work(self) -> None:
         while self._has_work():
             questions, writings = self._take()
-            for batch in batches(questions, self._batching.rows, self._engine.together):
+            for batch in batches(questions, self._batching.rows, TOKENS):
                 self._answer(self._wanted(batch))
             if writings:
                 self._begin(writings)
@@ -173,11 +173,14 @@ class Worker:
     def _answer(self, batch: Sequence[Question]) -> None:
         if not batch:
             return
+        answered: list[tuple[Question, Answer]] = []
         with _Failing(batch):
-            answers = self._engine.answer(batch)
-            self._metrics.read("classify", [row.length for row in batch])
-            self._count([answer.mixture for answer in answers])
-            for row, answer in zip(batch, answers, strict=True):
+            for part in batches(batch, len(batch), self._engine.together):
+                answered += zip(part, self._engine.answer(part), strict=True)
+                self._metrics.read("classify", [row.length for row in part])
+            self._count([answer.mixture for _, answer in answered])
+            # Together, so that clients that ask again meet in one batch.
+            for row, answer in answered:
                 row.send(answer)
 
     def _begin(self, writings: Sequence[Writing]) -> None:

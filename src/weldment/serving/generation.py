@@ -159,7 +159,7 @@ class Pool:
         if not self._authors:
             self._authors, self._cache, self._mask, self._weights = authors, cache, mask, weights
             return
-        # If one of these fails midway, parts have different numbers of rows, and the next step fails those that are there.
+        # If one of these fails midway, the parts have different numbers of rows, and the next step fails.
         self._cache, self._mask = caches.join(self._cache, cache), caches.join_masks(self._mask, mask)
         self._weights = torch.cat([self._weights, weights])
         self._authors = self._authors + authors
