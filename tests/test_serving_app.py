@@ -441,6 +441,22 @@ def test_a_model_that_fails_fails_its_requests_alone(
     assert poet.client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("task", ["mood", "stars"])
+def test_a_result_that_is_no_number_is_an_error_of_its_row(judge: Served, reader: Engine, task: str) -> None:
+    """One word's vector is NaN."""
+    words = reader.model.get_input_embeddings().weight.data
+    before = words[7].clone()
+    words[7] = float("nan")
+    try:
+        given = ["w9 w9", reader.tokenizer.convert_ids_to_tokens(7)]
+        check_error(judge.post("/v1/classify", input=given, task=task), 500, None, "not_a_number")
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(lambda text: judge.post("/v1/classify", input=text, task=task).status_code, given)
+        assert list(found) == [200, 500]
+    finally:
+        words[7] = before
+
+
 def test_a_body_that_does_not_come(writer: Engine) -> None:
     with served(writer, limits=Limits(seconds=0.3)) as server:
         host, port = server.url.removeprefix("http://").split(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -33,6 +34,12 @@ class Answer:
     scores: Mapping[str, float] | None
     value: float | None
     mixture: Mixture
+
+    @property
+    def is_nan(self) -> bool:
+        """Whether anything was calculated that is no number."""
+        scores = () if self.scores is None else self.scores.values()
+        return any(map(math.isnan, scores)) or (self.value is not None and math.isnan(self.value))
 
 
 @dataclass(eq=False)
