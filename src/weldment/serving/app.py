@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -67,7 +68,8 @@ def create_app(engine: Engine, batching: Batching = Batching(), limits: Limits =
     async def working(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        service.worker.stop()
+        # Requests that were cut off learn of it in this loop meanwhile, so that their rows are dropped.
+        await asyncio.to_thread(service.worker.stop)
 
     app = FastAPI(title="weldment", version=__version__, description=_DESCRIPTION, lifespan=working)
     app.state.service = service
