@@ -181,7 +181,10 @@ class Worker:
             self._count([answer.mixture for _, answer in answered])
             # Together, so that clients that ask again meet in one batch.
             for row, answer in answered:
-                row.refuse_nan() if answer.is_nan else row.send(answer)
+                if answer.is_nan:
+                    row.refuse_nan()
+                else:
+                    row.send(answer)
 
     def _begin(self, writings: Sequence[Writing]) -> None:
         with _Failing(writings):

@@ -32,7 +32,7 @@ def _whole(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Unicode = Annotated[str, AfterValidator(_whole)]
 """A text that a tokenizer takes; JSON can hold others."""
 
 
@@ -95,11 +95,11 @@ class TextPair(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: Text
-    text_pair: Text
+    text: Unicode
+    text_pair: Unicode
 
 
-Input = Text | TextPair
+Input = Unicode | TextPair
 
 
 class ClassifyRequest(_Request):
@@ -219,7 +219,7 @@ class CompletionRequest(_WritingRequest):
         },
     )
 
-    prompt: Text | list[StrictInt] | list[Text] | list[list[StrictInt]] = Field(
+    prompt: Unicode | list[StrictInt] | list[Unicode] | list[list[StrictInt]] = Field(
         description="A text or tokens, or a list of them."
     )
     max_tokens: StrictInt | None = Field(16, ge=1, description="The most tokens to write.")
@@ -232,7 +232,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: Text
+    text: Unicode
 
 
 class Message(BaseModel):
@@ -241,8 +241,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = Field(None, description="Of the speaker; chat templates may use it.")
+    content: Unicode | list[TextPart]
+    name: Unicode | None = Field(None, description="Of the speaker; chat templates may use it.")
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it."""
