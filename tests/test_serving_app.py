@@ -18,6 +18,7 @@ openai = pytest.importorskip("openai", reason="the client of OpenAI is not insta
 
 from classifiers import texts  # noqa: E402
 from serving_bundles import LABELS, Served, save_reader, save_writer, served  # noqa: E402
+from weldment.serving import writing  # noqa: E402
 from weldment.serving.batching import Batching  # noqa: E402
 from weldment.serving.engine import Engine  # noqa: E402
 from weldment.serving.limits import Limits  # noqa: E402
@@ -301,6 +302,42 @@ def test_values_that_ask_for_nothing_are_taken(client: Any) -> None:
     client.chat.completions.create(model="poet", messages=CHAT, max_tokens=1, tools=[], logprobs=False, **neutral)
 
 
+def test_null_leaves_a_field_out(client: Any, judge: Served) -> None:
+    given: dict[str, Any] = {"model": "poet", "temperature": 0, "seed": None, "stream": None, "top_p": None}
+    nothing = {"n": None, "max_tokens": None, "stop": None, "echo": None, "routing": None}
+    found = client.completions.create(prompt="w1", **given, extra_body=nothing)
+    plain = client.completions.create(prompt="w1", model="poet", temperature=0)
+    assert (found.choices, found.usage) == (plain.choices, plain.usage)
+    client.chat.completions.create(messages=CHAT, **given | {"temperature": None}, extra_body={"n": None})
+    assert judge.post("/v1/classify", input="w1", task=None, routing=None).status_code == 200
+
+
+def test_too_many_rows_are_refused_before_any_work(
+    poet: Served, writer: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small body can ask for millions of rows."""
+    monkeypatch.setattr(writer, "encode", lambda *_: pytest.fail("texts were read"))
+    monkeypatch.setattr(writing, "rows_of", lambda *_: pytest.fail("rows were made"))
+    for prompt in (["w1"] * 70, [[1]] * 70):
+        many = poet.post("/v1/completions", model="poet", prompt=prompt, n=16)
+        check_error(many, 400, "prompt", "too_many_inputs")
+
+
+def test_half_of_a_surrogate_pair_is_refused(poet: Served, judge: Served) -> None:
+    kind = {"content-type": "application/json"}
+    for server, path, body, param in (
+        (poet, "completions", {"model": "poet", "prompt": "w1 \ud83d"}, "prompt"),
+        (poet, "completions", {"model": "poet", "prompt": ["w1", "\ud83d"]}, "prompt"),
+        (poet, "chat/completions", {"model": "poet", "messages": [{"role": "user", "content": "\ude00"}]}, None),
+        (judge, "classify", {"input": "\ud83d"}, "input"),
+        (judge, "classify", {"input": {"text": "w1", "text_pair": "\ud83d"}}, "input"),
+    ):
+        found = server.client.post(f"/v1/{path}", content=json.dumps(body), headers=kind)
+        check_error(found, 400, param or "messages.0.content", "invalid_value")
+    whole = server.client.post("/v1/classify", content=b'{"input": "\\ud83d\\ude00"}', headers=kind)
+    assert whole.status_code == 200
+
+
 def test_refused_bodies_and_paths(poet: Served) -> None:
     kind = {"content-type": "application/json"}
     post = poet.client.post
@@ -400,6 +437,22 @@ def test_a_model_that_fails_fails_its_requests_alone(
     monkeypatch.undo()
     assert poet.post("/v1/completions", **broken).status_code == 200
     assert poet.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("task", ["mood", "stars"])
+def test_a_result_that_is_no_number_is_an_error_of_its_row(judge: Served, reader: Engine, task: str) -> None:
+    """One word's vector is NaN."""
+    words = reader.model.get_input_embeddings().weight.data
+    before = words[7].clone()
+    words[7] = float("nan")
+    try:
+        given = ["w9 w9", reader.tokenizer.convert_ids_to_tokens(7)]
+        check_error(judge.post("/v1/classify", input=given, task=task), 500, None, "not_a_number")
+        with ThreadPoolExecutor(2) as pool:
+            found = pool.map(lambda text: judge.post("/v1/classify", input=text, task=task).status_code, given)
+        assert list(found) == [200, 500]
+    finally:
+        words[7] = before
 
 
 def test_a_body_that_does_not_come(writer: Engine) -> None:

@@ -150,6 +150,43 @@ def test_columns_without_tokens_are_dropped_from_the_cache(engine: Engine) -> No
     assert cache.get_seq_length() == 1
 
 
+@pytest.mark.parametrize("settings", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.5)])
+def test_a_row_without_numbers_ends_and_the_others_go_on(
+    engine: Engine, ticket: Silent, settings: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter([None, 1, 0])
+
+    def broken(*given: Any) -> Any:
+        logits, cache = Engine.read(engine, *given)
+        row = next(steps, None)
+        # What is made in inference mode is not to be changed.
+        logits = logits.clone()
+        if row is not None:
+            logits[row] = float("nan")
+        return logits, cache
+
+    monkeypatch.setattr(engine, "read", broken)
+    pool = Pool(engine)
+    broken_rows = [Writing(ticket, n, PROMPTS[n], 8, Sampling(*settings, random.Random(n))) for n in (0, 1)]
+    pool.admit([*broken_rows, greedy(ticket, 2, PROMPTS[2], 8)])
+    run(pool)
+    for index, written in ((0, 2), (1, 1)):
+        assert ticket.pieces[index][written].code == "not_a_number"
+        assert len(ticket.pieces[index]) == written + 1
+    assert ticket.text(2) == expected(engine, PROMPTS[2], 8)
+
+
+def test_only_the_last_logits_of_prompts_are_calculated(engine: Engine, ticket: Silent) -> None:
+    columns: list[int] = []
+    handle = engine.model.lm_head.register_forward_hook(lambda _, __, logits: columns.append(logits.shape[1]))
+    try:
+        Pool(engine).admit([greedy(ticket, n, prompt, 2) for n, prompt in enumerate(PROMPTS)])
+    finally:
+        handle.remove()
+    # The router of this bundle reads no logits.
+    assert columns == [1]
+
+
 def other(kind: str, folder: Path) -> Engine:
     """A model with learned positions, and one whose cache is a sliding window."""
     torch.manual_seed(1)

@@ -34,8 +34,9 @@ def test_frequencies_are_the_probabilities(temperature: float) -> None:
     assert 2 not in found
 
 
-def test_a_tiny_temperature_overflows_nowhere() -> None:
-    assert drawn(5, temperature=1e-30) == {1: 5}
+@pytest.mark.parametrize("temperature", [1e-30, 1e-60, 5e-324])
+def test_a_tiny_temperature_overflows_nowhere(temperature: float) -> None:
+    assert drawn(5, temperature=temperature) == {1: 5}
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, {1}), (0.5, {1}), (0.6, {1, 3}), (0.81, {0, 1, 3}), (1e-9, {1})])

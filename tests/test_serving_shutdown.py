@@ -24,13 +24,13 @@ from folders import weld  # noqa: E402
 from serving_bundles import save_writer  # noqa: E402
 from weldment.serving.server import listen  # noqa: E402
 
-# The model is slowed down so that requests are in flight when the signal comes.
+# The model is slowed down so that requests are in flight when the signal comes, and its steps can be counted.
 SLOW = """
 import sys, time
 from weldment.serving.engine import Engine
 from weldment.cli import main
 read = Engine.read
-Engine.read = lambda *given: (time.sleep({pause}), read(*given))[1]
+Engine.read = lambda *given: (print("step", file=sys.stderr), time.sleep({pause}), read(*given))[2]
 main(sys.argv[1:])
 """
 
@@ -136,7 +136,9 @@ def test_what_does_not_end_in_time_is_cut_off_and_told(bundle: Path) -> None:
         thread.join(30)
         assert failed == [True]
         assert running.stderr is not None
-        assert "1 request did not end in time" in running.stderr.read()
+        said = running.stderr.read()
+        assert "1 request did not end in time" in said
+        assert 1 <= said.count("step\n") < 20, "a text was written to its end that nobody waited for"
 
 
 def test_a_second_signal_ends_at_once(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -67,7 +68,8 @@ def create_app(engine: Engine, batching: Batching = Batching(), limits: Limits =
     async def working(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        service.worker.stop()
+        # Requests that were cut off learn of it in this loop meanwhile, so that their rows are dropped.
+        await asyncio.to_thread(service.worker.stop)
 
     app = FastAPI(title="weldment", version=__version__, description=_DESCRIPTION, lifespan=working)
     app.state.service = service
@@ -162,6 +164,7 @@ def _add_classification(app: FastAPI, service: Service) -> None:
         service.check_expert(body.expert, "expert", engine.experts)
         given = body.input if isinstance(body.input, list) else [body.input]
         texts = [(text.text, text.text_pair) if isinstance(text, TextPair) else (text, None) for text in given]
+        service.worker.check_count(len(given), "input")
         inputs = await service.tokens(lambda: [engine.encode(text, pair) for text, pair in texts])
         for place, row in enumerate(inputs):
             if len(row["input_ids"]) > engine.longest:
@@ -219,7 +222,9 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         """
         _need(engine.writes, "this bundle's model does not write text")
         _check(body)
-        prompts = await service.tokens(lambda: _prompts(engine, body))
+        given = _given(body)
+        service.worker.check_count(len(given) * body.n, "prompt")
+        prompts = await service.tokens(lambda: _prompts(engine, given))
         echo = [engine.decode(prompt) if body.echo else "" for prompt in prompts for _ in range(body.n)]
         header = service.header("text_completion", "cmpl")
         form = writing.CompletionForm(header, body.tells_usage, _route(body), echo)
@@ -231,6 +236,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         _need(engine.writes, "this bundle's model does not write text")
         _need(engine.chats, "this bundle's tokenizer has no chat template, so it takes no conversations")
         _check(body)
+        service.worker.check_count(body.n, "n")
         messages = [message.for_template() for message in body.messages]
         prompt = await service.tokens(lambda: engine.encode_chat(messages))
         header = service.header("chat.completion", "chatcmpl")
@@ -258,17 +264,26 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         return writing.EventStream(writing.stream(form, events, first, prompts, body.tells_usage), ticket)
 
 
-def _prompts(engine: Engine, body: CompletionRequest) -> list[list[int]]:
-    """The tokens of all prompts.
+def _given(body: CompletionRequest) -> list[str | list[int]]:
+    """All prompts, each a text or tokens.
 
     Raises:
-        RequestError: there are none, or a token is not in the vocabulary.
+        RequestError: there are none.
     """
     given: Any = body.prompt
     listed = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
     if not listed:
         raise RequestError("there is no prompt", where="prompt", code="empty_prompt")
-    prompts = [engine.encode(each)["input_ids"] if isinstance(each, str) else list(each) for each in listed]
+    return listed
+
+
+def _prompts(engine: Engine, given: Sequence[str | list[int]]) -> list[list[int]]:
+    """The tokens of all prompts.
+
+    Raises:
+        RequestError: a token is not in the vocabulary.
+    """
+    prompts = [engine.encode(each)["input_ids"] if isinstance(each, str) else each for each in given]
     size = engine.model.get_input_embeddings().num_embeddings
     wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
     if wrong is not None:

@@ -6,21 +6,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from weldment.errors import RequestError
-from weldment.serving.classification import Question
+from weldment.serving.classification import Answer, Question
+from weldment.serving.engine import TOKENS
 from weldment.serving.generation import Pool, Writing
 from weldment.serving.rows import Row
 
 if TYPE_CHECKING:
     from weldment.serving.engine import Engine, Mixture
     from weldment.serving.metrics import Metrics
-
-TOKENS = 8192
-"""Of a batch of inputs, padding included; an input that is longer makes a batch of its own."""
 
 WINDOW = 4
 """Batches of questions that are taken at a time: enough to put similar lengths together, and none waits for long."""
@@ -79,16 +77,28 @@ class Worker:
     def is_working(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue the rows of a request, all or none.
+    def check_count(self, count: int, field: str) -> None:
+        """Refuse a request before anything is done for its rows.
+
+        Args:
+            count: of its rows.
+            field: with its inputs.
 
         Raises:
-            RequestError: there is no room for them (429), ever (400), or the server stops (503).
+            RequestError: there is never room for so many.
         """
         most = self._batching.queue
-        if len(rows) > most:
-            cause = f"the request has {len(rows)} inputs, and at most {most} can wait at once"
-            raise RequestError(cause, where="input", code="too_many_inputs", fix="Send them in several requests")
+        if count > most:
+            cause = f"the request has {count} inputs, each choice counted, and at most {most} can wait at once"
+            raise RequestError(cause, where=field, code="too_many_inputs", fix="Send them in several requests")
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue the rows of a request, all or none; their count is checked.
+
+        Raises:
+            RequestError: there is no room for them (429), or the server stops (503).
+        """
+        most = self._batching.queue
         with self._changed:
             if not self.is_working:
                 raise RequestError("the server is stopping", status=503, code="stopping", retry_after=1)
@@ -102,15 +112,19 @@ class Worker:
 
     def _drop_cancelled(self) -> None:
         """Free the places of rows that nobody waits for any more; with the lock held."""
-        kept = deque(row for row in self._waiting if not row.cancelled)
-        self._metrics.cancelled.inc(len(self._waiting) - len(kept))
-        self._waiting = kept
+        self._waiting = deque(self._wanted(self._waiting))
+
+    def _wanted(self, rows: Collection[AnyRow]) -> list[AnyRow]:
+        """Those that somebody waits for; the others are counted."""
+        kept = [row for row in rows if not row.cancelled]
+        self._metrics.cancelled.inc(len(rows) - len(kept))
+        return kept
 
     def _work(self) -> None:
         while self._has_work():
             questions, writings = self._take()
-            for batch in batches(questions, self._batching.rows):
-                self._answer([row for row in batch if not row.cancelled])
+            for batch in batches(questions, self._batching.rows, TOKENS):
+                self._answer(self._wanted(batch))
             if writings:
                 self._begin(writings)
             if len(self._pool):
@@ -147,7 +161,7 @@ class Worker:
                     questions.append(row)
                 elif isinstance(row, Question):
                     left.append(row)
-                elif isinstance(row, Writing) and room and _fits(writings, row):
+                elif isinstance(row, Writing) and room and _fits(writings, row, TOKENS):
                     writings.append(row)
                     room -= 1
                 else:
@@ -159,12 +173,18 @@ class Worker:
     def _answer(self, batch: Sequence[Question]) -> None:
         if not batch:
             return
+        answered: list[tuple[Question, Answer]] = []
         with _Failing(batch):
-            answers = self._engine.answer(batch)
-            self._metrics.read("classify", [row.length for row in batch])
-            self._count([answer.mixture for answer in answers])
-            for row, answer in zip(batch, answers, strict=True):
-                row.send(answer)
+            for part in batches(batch, len(batch), self._engine.together):
+                answered += zip(part, self._engine.answer(part), strict=True)
+                self._metrics.read("classify", [row.length for row in part])
+            self._count([answer.mixture for _, answer in answered])
+            # Together, so that clients that ask again meet in one batch.
+            for row, answer in answered:
+                if answer.is_nan:
+                    row.refuse_nan()
+                else:
+                    row.send(answer)
 
     def _begin(self, writings: Sequence[Writing]) -> None:
         with _Failing(writings):
@@ -212,20 +232,21 @@ class _Failing:
         return True
 
 
-def _fits(rows: Sequence[Row], row: Row) -> bool:
-    """Whether a batch of prompts has room for one more."""
-    return not rows or (len(rows) + 1) * max(row.length, *(other.length for other in rows)) <= TOKENS
+def _fits(rows: Sequence[Row], row: Row, tokens: int) -> bool:
+    """Whether a batch of inputs has room for one more."""
+    return not rows or (len(rows) + 1) * max(row.length, *(other.length for other in rows)) <= tokens
 
 
-def batches(rows: Sequence[AnyRow], most: int) -> Iterator[list[AnyRow]]:
-    """Batches of rows of similar lengths, the longest first.
+def batches(questions: Sequence[Question], most: int, tokens: int) -> Iterator[list[Question]]:
+    """Batches of questions of one kind and similar lengths, the longest first.
 
     Args:
-        most: rows of a batch; it has fewer if more would exceed `TOKENS`.
+        most: questions of a batch.
+        tokens: the most of a batch, padding included; a question that has more is a batch of its own.
     """
-    batch: list[AnyRow] = []
-    for row in sorted(rows, key=lambda row: -row.length):
-        if len(batch) == most or not _fits(batch, row):
+    batch: list[Question] = []
+    for row in sorted(questions, key=lambda row: (row.kind, -row.length)):
+        if batch and (len(batch) == most or row.kind != batch[0].kind or not _fits(batch, row, tokens)):
             yield batch
             batch = []
         batch.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -34,6 +35,12 @@ class Answer:
     value: float | None
     mixture: Mixture
 
+    @property
+    def is_nan(self) -> bool:
+        """Whether anything was calculated that is no number."""
+        scores = () if self.scores is None else self.scores.values()
+        return any(map(math.isnan, scores)) or (self.value is not None and math.isnan(self.value))
+
 
 @dataclass(eq=False)
 class Question(Row):
@@ -48,6 +55,11 @@ class Question(Row):
     inputs: Mapping[str, Sequence[int]] = field(default_factory=dict)
     task: str | None = None
     expert: str | None = None
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether its task is given, and its expert; the model takes questions of one kind at a time."""
+        return self.task is not None, self.expert is not None
 
     @property
     def length(self) -> int:

@@ -17,6 +17,9 @@ from weldment.serving.classification import Answer, Question
 if TYPE_CHECKING:
     from weldment.twin.runtime import Answer as Said
 
+TOKENS = 8192
+"""Of a batch of inputs, padding included; an input that is longer makes a batch of its own."""
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -53,6 +56,7 @@ class Engine:
         experts: their names.
         labels: of each expert with a head.
         longest: tokens that the model takes.
+        together: tokens of questions that are calculated at once, padding included.
         ends: tokens that end a text.
         pad: the token that fills batches; no row sees it.
 
@@ -66,6 +70,7 @@ class Engine:
         from weldment.evaluation.predicting import longest
         from weldment.evaluation.states import ModelState
         from weldment.twin.model import TwinModel
+        from weldment.twin.runtime import CPU_TOKENS
 
         self.model: Any = TwinModel.from_pretrained(folder, dtype=dtype, device=device)
         self.tokenizer: Any = tokenizer_of(ModelState(str(folder), {}, {}, folder))
@@ -76,10 +81,13 @@ class Engine:
         self._problems = {expert: heads.problem for expert, heads in zip(self.experts, outputs, strict=False)}
         self.longest = longest(self.tokenizer, self.model, None)
         self.ends = _ends(self.model, self.tokenizer)
+        self.together = CPU_TOKENS if self.device.type == "cpu" else TOKENS
         self.pad = int(self.tokenizer.pad_token_id or 0)
         self._taken = frozenset(inspect.signature(self.model.forward).parameters)
         # transformers gave the key-value cache another name.
         self._cache = "cache" if "cache" in self._taken else "past_key_values"
+        # Without it, logits of whole prompts would be made, which takes time, and memory for a large vocabulary.
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in self._taken else {}
 
     @property
     def device(self) -> torch.device:
@@ -125,19 +133,7 @@ class Engine:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Classify a batch; each row by its own task and experts."""
-        answers: dict[int, Answer] = {}
-        for given in (False, True):
-            for headed in (False, True):
-                rows = [
-                    n for n, q in enumerate(questions) if (q.expert is not None, q.task is not None) == (given, headed)
-                ]
-                if rows:
-                    answers |= dict(zip(rows, self._said([questions[row] for row in rows]), strict=True))
-        return [answers[row] for row in range(len(questions))]
-
-    def _said(self, questions: Sequence[Question]) -> list[Answer]:
-        """Classify rows that all name their task, or none does, and all their expert, or none does."""
+        """Classify questions of one kind; each row by its own task and experts."""
         tasks = [question.task for question in questions if question.task]
         experts = [question.expert for question in questions if question.expert]
         inputs = self._padded([question.inputs for question in questions])
@@ -191,7 +187,7 @@ class Engine:
                 position_ids=positions,
                 use_cache=True,
                 expert_weights=weights,
-                **{self._cache: cache},
+                **{self._cache: cache, **self._last},
             )
         return found.logits[:, -1], found[self._cache]
 

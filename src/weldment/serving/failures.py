@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from weldment.errors import RequestError
-from weldment.serving.wire import ErrorBody, ErrorResponse
+from weldment.serving.wire import NO_UNICODE, ErrorBody, ErrorResponse
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _misfit(names: list[str], problem: Mapping[str, Any]) -> RequestError:
         return RequestError("the body must be a JSON object", code="invalid_type")
     place = next((n for n, name in enumerate(names) if _is_branch(name)), None)
     where = ".".join(names[:place])
-    if place is None:
+    if place is None or problem["type"] == NO_UNICODE:
         return RequestError(f"{where}: {problem['msg']}", where=where, code="invalid_value")
     cause = f"{where} is of none of the kinds that it may be of"
     return RequestError(cause, where=where, code="invalid_value", fix="/docs describes them")

@@ -147,22 +147,25 @@ class Pool:
         self._leave(self._write(self._authors, logits, None).tolist())
 
     def _write(self, authors: Sequence[_Author], logits: Tensor, mixtures: Sequence[Mixture] | None) -> Tensor:
-        """Draw tokens; returns the indices of the rows that go on."""
-        tokens = draw(logits, [author.row.sampling for author in authors])
+        """Draw tokens; returns the indices of the rows that go on. A row without numbers ends, the others do not."""
+        nan = logits.isnan()
+        tokens = draw(logits.masked_fill(nan, 0.0), [author.row.sampling for author in authors])
         told = mixtures or [None] * len(authors)
-        going = [
-            n for n, (author, token) in enumerate(zip(authors, tokens, strict=True)) if author.take(token, told[n])
-        ]
+        going: list[int] = []
+        for n, (author, token, broken) in enumerate(zip(authors, tokens, nan.any(-1).tolist(), strict=True)):
+            if broken:
+                author.row.refuse_nan()
+            elif author.take(token, told[n]):
+                going.append(n)
         return torch.tensor(going, dtype=torch.long, device=logits.device)
 
     def _join(self, authors: list[_Author], cache: Any, mask: Tensor, weights: Tensor) -> None:
         if not self._authors:
             self._authors, self._cache, self._mask, self._weights = authors, cache, mask, weights
             return
-        # Nothing changes if one of these fails.
-        joined = caches.join(self._cache, cache), caches.join_masks(self._mask, mask)
+        # If one of these fails midway, the parts have different numbers of rows, and the next step fails.
+        self._cache, self._mask = caches.join(self._cache, cache), caches.join_masks(self._mask, mask)
         self._weights = torch.cat([self._weights, weights])
-        self._cache, self._mask = joined
         self._authors = self._authors + authors
 
     def _leave(self, going: list[int]) -> None:

@@ -39,6 +39,12 @@ class Row:
         """Tell the request; from any thread."""
         self.ticket.send(self.index, event)
 
+    def refuse_nan(self) -> None:
+        """Tell the request that the model calculated no numbers for this row."""
+        cause = "the model's result for this input is not a number: its arithmetic overflowed"
+        fix = "The server's operator may serve it with --dtype float32"
+        self.send(RequestError(cause, status=500, code="not_a_number", fix=fix))
+
 
 class Ticket:
     """What a request waits at: the events of its rows, until the last one of each.

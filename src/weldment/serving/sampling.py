@@ -54,12 +54,12 @@ def draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
 
 
 def _drawn(logits: Tensor, rows: Sequence[Sampling], cut: bool) -> Tensor:
-    temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+    # In float32 a tiny temperature is 0.
+    temperatures = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=logits.device)
     uniform = torch.tensor([row.chance.random() for row in rows], dtype=torch.float64, device=logits.device)
     # Logits are shifted first: divided by a tiny temperature, they would overflow.
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures.float()[:, None]
-    probabilities = logits.double().softmax(-1)
+    logits = logits.double()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]).softmax(-1)
     if not cut:
         return _first_above(probabilities, uniform)
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)

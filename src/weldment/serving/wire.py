@@ -5,12 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from weldment.errors import RequestError
 
 MOST_STOPS = 4
 MOST_CHOICES = 16
+NO_UNICODE = "no_unicode"
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(NO_UNICODE, "no Unicode text: it has half of a surrogate pair") from None
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_whole)]
+"""A text that a tokenizer takes; JSON can hold others."""
 
 
 class ErrorBody(BaseModel):
@@ -54,7 +77,17 @@ class _Request(BaseModel):
         for name, values in cls.neutral.items():
             if name in given and given[name] is not None and given[name] not in values:
                 raise RequestError(f"{name} is not supported", where=name, code="unsupported_parameter")
-        return {name: value for name, value in given.items() if name not in cls.neutral}
+        return {
+            name: value
+            for name, value in given.items()
+            if name not in cls.neutral and not (value is None and cls._has_default(name))
+        }
+
+    @classmethod
+    def _has_default(cls, name: str) -> bool:
+        """Whether a field may be left out; null leaves it out as well, as with OpenAI."""
+        field = cls.model_fields.get(name)
+        return field is not None and not field.is_required()
 
 
 class TextPair(BaseModel):
@@ -62,11 +95,11 @@ class TextPair(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: str
-    text_pair: str
+    text: Unicode
+    text_pair: Unicode
 
 
-Input = str | TextPair
+Input = Unicode | TextPair
 
 
 class ClassifyRequest(_Request):
@@ -186,7 +219,7 @@ class CompletionRequest(_WritingRequest):
         },
     )
 
-    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]] = Field(
+    prompt: Unicode | list[StrictInt] | list[Unicode] | list[list[StrictInt]] = Field(
         description="A text or tokens, or a list of them."
     )
     max_tokens: StrictInt | None = Field(16, ge=1, description="The most tokens to write.")
@@ -199,7 +232,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Unicode
 
 
 class Message(BaseModel):
@@ -208,8 +241,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = Field(None, description="Of the speaker; chat templates may use it.")
+    content: Unicode | list[TextPart]
+    name: Unicode | None = Field(None, description="Of the speaker; chat templates may use it.")
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it."""

@@ -342,7 +342,7 @@ def _parts(mask: Tensor | None, rows: int, *, on_cpu: bool) -> list[list[int]]:
     order = sorted(range(rows), key=lambda row: -lengths[row])
     parts: list[list[int]] = []
     while order:
-        count = max(1, _TOKENS // max(1, int(lengths[order[0]])))
+        count = max(1, CPU_TOKENS // max(1, int(lengths[order[0]])))
         parts.append(order[:count])
         order = order[count:]
     return parts
@@ -360,7 +360,7 @@ def _cut(given: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
     }
 
 
-_TOKENS = 1024
+CPU_TOKENS = 1024
 """Of a part of a batch on the CPU, where larger ones are hardly faster."""
 
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
