@@ -241,6 +241,20 @@ def test_a_model_that_is_there_is_shared_as_it_is(classifiers: Path, tmp_path: P
     assert bundle.shared["method"] == "existing model"
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_card_says_how_peft_loads_an_expert(classifiers: Path, tmp_path: Path, name: str) -> None:
+    if name == "llama":
+        save_architecture(tmp_path, name)
+    folder = tmp_path if name == "llama" else classifiers
+    build(recipe_of(folder, {"exclusive": {"rank": 2}, "router": {"kind": "uniform"}}), tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("NAME", "chat"), found)
+    with torch.no_grad():
+        loaded, wanted = found["model"].eval()(**INPUTS)[0], with_expert(tmp_path / "out", "chat")(**INPUTS)[0]
+    torch.testing.assert_close(loaded, wanted)
+
+
 def test_adapters_are_compressed_by_their_factors(tmp_path: Path) -> None:
     """The differences of a weighted sum of adapters have at most the sum of their ranks, and come out exactly."""
     torch.manual_seed(0)
