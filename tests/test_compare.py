@@ -301,6 +301,22 @@ def test_an_expert_with_a_score_of_zero_gives_no_percents() -> None:
     assert {column: score.value for column, score in found.items()} == pytest.approx({"a": 75.0, AVERAGE: 75.0})
 
 
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_an_expert_that_is_worse_than_chance_gives_no_percents(value: float) -> None:
+    """Of a negative coefficient, twice as bad would be 200 %."""
+    bad = Row("eb", "expert", {"a": scored("a", 0.2), "b": scored("b", value)})
+    merged = Row("m", "merge", {"a": scored("a", 0.6), "b": scored("b", -0.2)})
+    found = table(EXPERTS[0], bad, merged).relative(merged)
+    assert {column: score.value for column, score in found.items()} == pytest.approx({"a": 75.0, AVERAGE: 75.0})
+
+
+def test_an_expert_that_was_not_scored_on_its_task_gives_no_percents() -> None:
+    left_out = Row("eb", "expert", {"a": scored("a", 0.2)})
+    merged = Row("m", "merge", {"a": scored("a", 0.6), "b": scored("b", 0.5)})
+    found = table(EXPERTS[0], left_out, merged).relative(merged)
+    assert {column: score.value for column, score in found.items()} == pytest.approx({"a": 75.0, AVERAGE: 75.0})
+
+
 def test_only_merges_are_marked_and_those_within_noise_of_the_best_are_near() -> None:
     rng = np.random.default_rng(1)
     noisy = Score("a", "accuracy", 0.69, 10, 0.69 + 0.1 * rng.standard_normal(400))
@@ -321,8 +337,12 @@ def test_of_perplexities_the_lowest_is_best_and_there_is_no_average() -> None:
 
 
 def test_the_mean_over_seeds_keeps_resamples_paired() -> None:
-    rows = [Row("m", "merge", {"a": scored("a", value, noise=0.1)}, seconds=value) for value in (0.4, 0.6)]
+    rows = [
+        Row("m", "merge", {"a": scored("a", value, noise=0.1, details={"bits": value})}, seconds=value)
+        for value in (0.4, 0.6)
+    ]
     merged = mean_row(rows)
+    assert merged.scores["a"].details == {"bits": pytest.approx(0.5)}
     assert merged.scores["a"].value == pytest.approx(0.5)
     assert merged.scores["a"].samples == pytest.approx(scored("a", 0.5, noise=0.1).samples)
     assert merged.seconds == pytest.approx(0.5)

@@ -19,9 +19,10 @@ from classifiers import KINDS, save_classifier, save_tokenizer, texts, write_tas
 from models import read_config, read_state, save_state
 from paths import SHARED
 from weldment import merge
-from weldment.errors import TaskError, UserError
+from weldment.errors import NonFiniteError, TaskError, UserError
 from weldment.evaluation import predicting
 from weldment.evaluation.evaluate import Evaluator, Options, dtype_of, evaluate
+from weldment.evaluation.heads import label_order
 from weldment.evaluation.predicting import encode, logits, longest
 from weldment.evaluation.scores import Score
 from weldment.evaluation.states import load_state, merged_state
@@ -91,6 +92,12 @@ def test_labels_that_the_head_has_in_another_order(root: Path) -> None:
     assert found.value == matthews_corrcoef(split.labels, said) != 0
     assert (found.task, found.metric, found.examples) == ("films", "matthews_corrcoef", EXAMPLES)
     assert found.interval[0] < found.value < found.interval[1]
+
+
+def test_labels_of_outputs_that_are_not_counted_from_zero_are_no_names() -> None:
+    """Names are of use only where each of the outputs has one."""
+    assert label_order(("bad", "good"), {"id2label": {"1": "good", "2": "bad"}}).tolist() == [0, 1]
+    assert label_order(("bad", "good"), {"id2label": {"0": "good", "1": "bad"}}).tolist() == [1, 0]
 
 
 def test_pairs(root: Path) -> None:
@@ -243,9 +250,9 @@ def test_tokens_are_made_once_for_models_with_the_same_tokenizer(root: Path, mon
     made: list[int] = []
     whole = predicting.encode
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **keys: Any) -> Any:
         made.append(1)
-        return whole(*arguments)
+        return whole(*arguments, **keys)
 
     monkeypatch.setattr(predicting, "encode", counted)
     evaluator = Evaluator([load_task(root / "tasks" / "films")])
@@ -301,9 +308,19 @@ def test_answers_that_are_not_finite(root: Path, tmp_path: Path) -> None:
     state = load_state(root / "films")
     broken = {**state.tensors, "classifier.bias": torch.full((3,), torch.inf)}
     with pytest.raises(
-        TaskError, match=r"films: answers NaN or infinity to 40 of 40 examples. Its activations overflow"
+        NonFiniteError, match=r"films: answers NaN or infinity to 40 of 40 examples. Its activations overflow"
     ):
         evaluate(replace(state, tensors=broken), tasks(root, "films"))
+
+
+def test_texts_without_tokens_are_refused(tmp_path: Path) -> None:
+    """Tokenizers of decoders put nothing around an empty text."""
+    save_classifier(tmp_path / "gpt2", "gpt2")
+    content = json.loads((tmp_path / "gpt2" / "tokenizer.json").read_text())
+    (tmp_path / "gpt2" / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    task = write_task(tmp_path / "task", rows([0, 1, 1, 0], ["w1 w2", "", "w3", ""]), ["no", "yes"])
+    with pytest.raises(TaskError, match=r"task: 2 of 4 examples have no tokens, first number 2. Remove examples"):
+        score(tmp_path / "gpt2", task)
 
 
 def test_a_task_that_fails_leaves_the_evaluator_as_it_was(root: Path) -> None:

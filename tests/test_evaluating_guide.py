@@ -73,7 +73,7 @@ def save_task(folder: Path, labels: int) -> None:
     metric = "accuracy" if labels else "pearson"
     (folder / "task.json").write_text(json.dumps({"labels": names, "metric": metric}))
     for split in ("validation", "test"):
-        rows = [{"text": " ".join(WORDS[2:][i % 4 :]), "label": i % labels if labels else i / 4} for i in range(12)]
+        rows = [{"text": " ".join(WORDS[2:][i % 4 :]), "label": i % labels if labels else -i / 4} for i in range(12)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

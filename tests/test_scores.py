@@ -74,6 +74,12 @@ def test_the_average_is_less_uncertain_than_its_tasks() -> None:
     assert found.spread == pytest.approx(np.sqrt(0.7 * 0.3 / 400) / 2, rel=0.2)
 
 
+def test_tasks_are_drawn_independently_of_each_other() -> None:
+    """Two tasks of as many examples, sorted by label: a model that always says the same is right on the same places."""
+    first, second = (of(np.arange(400) < 200, task=name) for name in ("a", "b"))
+    assert average([first, second]).spread == pytest.approx(first.spread / np.sqrt(2), rel=0.1)
+
+
 def test_the_average_of_resampled_scores_and_known_errors_counts_both() -> None:
     resampled, known = shares(75)[0], Score("lm", "acc", 0.25, 100, error=0.04)
     found = average([resampled, known])
@@ -99,7 +105,7 @@ def test_what_is_not_defined_differs_from_nothing() -> None:
 
 
 def test_records_are_json() -> None:
-    record = Score("t", "pearson", float("nan"), 3, np.array([np.nan]), details={"tokens": 7}).record()
+    record = Score("t", "pearson", float("nan"), 3, np.array([np.nan]), details={"tokens": 7, "bits": np.inf}).record()
     assert json.loads(json.dumps(record, allow_nan=False)) == {
         "task": "t",
         "metric": "pearson",
@@ -108,4 +114,5 @@ def test_records_are_json() -> None:
         "high": None,
         "examples": 3,
         "tokens": 7,
+        "bits": None,
     }

@@ -24,12 +24,13 @@ from folders import weld
 from models import BERT
 from weldment.errors import MergeError, OutputError, PlanError, RecipeError, TaskError, UserError
 from weldment.evaluation.comparison.rows import Comparison
-from weldment.evaluation.evaluate import evaluate
+from weldment.evaluation.evaluate import Evaluator, evaluate
 from weldment.evaluation.search import trials
 from weldment.evaluation.search.samplers import sampler_of
-from weldment.evaluation.search.search import Messages, SearchResult, Trial, search
+from weldment.evaluation.search.search import Messages, SearchResult, Trial, _content, search
 from weldment.evaluation.search.space import load_space
 from weldment.evaluation.search.study import open_study, shown_storage
+from weldment.evaluation.tasks import load_task
 
 LAMBDA = "parameters.lambda"
 EMPTY = Comparison(tasks=(), metrics={}, examples={}, rows=())
@@ -249,6 +250,21 @@ def test_a_failed_merge_is_a_failed_trial(watch: Watch) -> None:
     assert {trial.state for trial in found.trials} == {"complete", "failed"}
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_merge_whose_answers_are_not_finite_is_a_failed_trial(watch: Watch) -> None:
+    network = BertForSequenceClassification.from_pretrained("yes")
+    for part in (network.bert.encoder.layer[0].attention.self.query, network.bert.encoder.layer[0].attention.self.key):
+        part.weight.data.add_(torch.randn_like(part.weight))
+    network.save_pretrained("far")
+    save_tokenizer(Path("far"))
+    scales = arithmetic({"choices": [1.0, 1e30]}, models=["far"])
+    found = search(scales, ["tasks/yes"], trials=2, sampler="grid", messages=watch.messages)
+    failed = next(trial for trial in watch.trials if trial.values[LAMBDA] == 1e30)
+    assert failed.state == "failed"
+    assert "answers NaN or infinity to" in failed.failure
+    assert found.best.values[LAMBDA] == 1.0
+
+
 def test_without_a_complete_trial_the_failure_is_told() -> None:
     scales = arithmetic({"choices": [1e29, 1e30]}, dtype="float16")
     with pytest.raises(MergeError, match=r"no trial was completed \(2 ended\).*parameters\.lambda = 1e.*NaN or inf"):
@@ -324,6 +340,7 @@ def test_a_study_of_something_else_is_refused_and_fresh_begins_anew() -> None:
         ({"tasks": ["tasks2/yes"]}, "tasks"),
         ({"limit": 3}, "options"),
         ({"experts": {"yes": "mixed"}}, "experts"),
+        ({"heads": {"yes": "mixed"}}, "heads"),
     ):
         refusal = rf"demo\.search\.db: its study 'demo' belongs to another search: different {what}\. .*--fresh"
         with pytest.raises(OutputError, match=refusal):
@@ -332,6 +349,16 @@ def test_a_study_of_something_else_is_refused_and_fresh_begins_anew() -> None:
     with pytest.raises(OutputError, match="belongs to another search: different recipe"):
         search("demo.yml", ["tasks/yes"], trials=1)
     assert len(search("demo.yml", ["tasks/yes"], trials=2, fresh=True).trials) == 2
+
+
+@pytest.mark.usefixtures("folder")
+def test_texts_of_one_name_are_told_apart_by_what_they_say() -> None:
+    Path("text.txt").write_text("some words")
+    task = load_task("perplexity:text.txt")
+    before = _content(task, Evaluator([task]))
+    assert _content(task, Evaluator([task])) == before
+    Path("text.txt").write_text("other words")
+    assert _content(task, Evaluator([task])) != before
 
 
 def test_a_study_that_another_program_made_is_left_alone() -> None:

@@ -196,6 +196,7 @@ def test_tasks_for_language_models(tmp_path: Path) -> None:
         ({"labels": NAMES, "metrik": "f1"}, "{}/task.json: unknown key 'metrik'. Did you mean `metric`?"),
         ({"labels": ["a"]}, "{}/task.json: `labels` is not a list of at least two different names."),
         ({"labels": ["a", "a"]}, "{}/task.json: `labels` is not a list of at least two different names."),
+        ({"labels": [1, 0]}, "{}/task.json: `labels` are numbers other than their positions, 0 to 1. Number them"),
         ({"labels": "ab"}, "{}/task.json: `labels` is not a list of at least two different names."),
         ({"labels": NAMES, "name": 3}, '{}/task.json: `name` is 3, not a word. Write it like "name": "..."'),
         (

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 
 from folders import tree, weld, write_recipe
 from models import ARCHITECTURES, BERT, perturbed
+from weldment import TwinModel
 from weldment.errors import PlanError, UserError
 from weldment.twin.build import build
 from weldment.twin.bundle import read_bundle
@@ -171,6 +172,31 @@ def test_heads_stand_beside_their_experts(classifiers: Path, tmp_path: Path) -> 
         assert json.loads(part.head_config.read_text())["architectures"] == ["BertForSequenceClassification"]
 
 
+@pytest.mark.parametrize("shared", ["no base", "base", "model"])
+def test_classifiers_on_a_shared_classifier_keep_their_heads(classifiers: Path, tmp_path: Path, shared: str) -> None:
+    """The shared model's configuration names the class of the experts, whose heads it has none of."""
+    models = [str(classifiers / name) for name in ("chat", "code")]
+    recipe: dict[str, Any] = {"models": models, "twin": FULL}
+    if shared == "no base":
+        recipe["merge_method"] = "linear"
+    else:
+        base = BertForSequenceClassification(BertConfig(**BERT))
+        base.bert.load_state_dict(BertModel.from_pretrained(classifiers / "base").state_dict())
+        base.save_pretrained(tmp_path / "base")
+        recipe |= {"base_model": str(tmp_path / "base")} if shared == "base" else {}
+        recipe["twin"] = FULL if shared == "base" else {**FULL, "shared": {"model": str(tmp_path / "base")}}
+    bundle = build(recipe, tmp_path / "out")
+    twin: Any = TwinModel.from_pretrained(bundle.folder)
+    assert [len(outputs.labels) for outputs in twin.twin.outputs] == [2, 3]
+    for name in bundle.names:
+        expert = BertForSequenceClassification.from_pretrained(classifiers / name).eval()
+        with torch.no_grad():
+            found = twin(**INPUTS, experts=name, task=name).logits
+            torch.testing.assert_close(found, expert(**INPUTS).logits, atol=1e-4, rtol=1e-4)
+    bare: Any = TwinModel.from_pretrained(bundle.folder, task_class="BertModel")
+    assert type(bare) is BertModel
+
+
 def test_layers_are_the_best_approximation_of_their_rank(classifiers: Path, tmp_path: Path) -> None:
     twin = {"exclusive": {"rank": 3}, "router": {"kind": "uniform"}}
     bundle = build(recipe_of(classifiers, twin), tmp_path / "out")
@@ -213,6 +239,20 @@ def test_a_model_that_is_there_is_shared_as_it_is(classifiers: Path, tmp_path: P
     shared, base = (load_file(p / "model.safetensors") for p in (tmp_path / "out", classifiers / "base"))
     assert all(torch.equal(shared[name], value) for name, value in base.items())
     assert bundle.shared["method"] == "existing model"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_card_says_how_peft_loads_an_expert(classifiers: Path, tmp_path: Path, name: str) -> None:
+    if name == "llama":
+        save_architecture(tmp_path, name)
+    folder = tmp_path if name == "llama" else classifiers
+    build(recipe_of(folder, {"exclusive": {"rank": 2}, "router": {"kind": "uniform"}}), tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("NAME", "chat"), found)
+    with torch.no_grad():
+        loaded, wanted = found["model"].eval()(**INPUTS)[0], with_expert(tmp_path / "out", "chat")(**INPUTS)[0]
+    torch.testing.assert_close(loaded, wanted)
 
 
 def test_adapters_are_compressed_by_their_factors(tmp_path: Path) -> None:
@@ -301,6 +341,9 @@ def test_names_are_unique(classifiers: Path, tmp_path: Path) -> None:
     models = [{"model": str(classifiers / "chat"), "name": "one"}, str(classifiers / "code")]
     bundle = build({**recipe_of(classifiers, FULL), "models": models}, tmp_path / "out")
     assert bundle.names == ("one", "code")
+    models = [{"model": {"path": str(classifiers / "chat")}, "name": "one"}, str(classifiers / "code")]
+    bundle = build({**recipe_of(classifiers, FULL), "models": models}, tmp_path / "spelled")
+    assert bundle.names == ("one", "code")
 
 
 def test_the_command_builds_and_refuses_to_overwrite(classifiers: Path, tmp_path: Path) -> None:
@@ -350,6 +393,18 @@ def test_an_export_names_what_vllm_cannot_hold(classifiers: Path, tmp_path: Path
     assert found.code == 2
     for words in ("embeddings or an output head", "norms, biases", "a task head"):
         assert words in found.err
+    assert not (tmp_path / "vllm").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "Shared"])
+def test_an_export_has_no_expert_with_the_name_of_the_shared_model(tmp_path: Path, name: str) -> None:
+    save_architecture(tmp_path, "llama")
+    twin = {"exclusive": {"rank": 2}, "exclude": ["*norm*", "*embed*", "lm_head*"], "router": {"kind": "uniform"}}
+    models = [{"model": str(tmp_path / "chat"), "name": name}, str(tmp_path / "code")]
+    build({**recipe_of(tmp_path, twin), "models": models}, tmp_path / "out")
+    found = weld("twin", "export", tmp_path / "out", tmp_path / "vllm")
+    assert found.code == 2
+    assert f"experts/{name}: vLLM cannot serve {name}: the shared model has that name there" in found.err
     assert not (tmp_path / "vllm").exists()
 
 

@@ -145,6 +145,8 @@ def test_experts_with_and_without_heads_are_refused_unless_none_are_wanted(tmp_p
     folder = make_bundle(tmp_path / "out", bert.shared, {**bert.experts, "bare": bare})
     with pytest.raises(UserError, match="the expert 'bare' has no head, and 'mood' has one"):
         weldment.TwinModel.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"the expert 'bare' has no head, and 'mood' has one.*task_class='BertModel'"):
+        weldment.TwinModel.from_pretrained(folder, task_class="BertForSequenceClassification")
     twin: Any = weldment.TwinModel.from_pretrained(folder, task_class="BertModel")
     assert type(twin).__name__ == "BertModel"
     with pytest.raises(UserError, match="`task` chooses a head, and this model has none"):

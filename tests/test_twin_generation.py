@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, pipeline
+from transformers import AutoTokenizer, PreTrainedModel, StaticCache, pipeline
 
 import weldment
 from models import ARCHITECTURES
@@ -105,6 +105,19 @@ def test_a_loop_of_ones_own_keeps_the_weights_with_the_cache(writers: Any) -> No
     torch.testing.assert_close(second, whole[:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_that_was_emptied_is_routed_anew(writers: Any) -> None:
+    model, _, twin = writers
+    if model.config.is_encoder_decoder:
+        pytest.skip("its prompt is read by the encoder")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        for row in (1, 2):
+            prompt = PROMPTS[row : row + 1]
+            cache.reset()
+            found = twin(prompt, past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(found, twin(prompt, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_copy_works_by_itself(writers: Any) -> None:
     _, _, twin = writers
     twice = copy.deepcopy(twin)
@@ -134,3 +147,5 @@ def test_the_models_limit_is_named(writers: Any) -> None:
         pytest.skip("it takes inputs of any length")
     with pytest.raises(UserError, match="the input has 65 tokens, and the model takes 64"):
         twin.generate(torch.full((1, 65), 5))
+    with pytest.raises(UserError, match="the input has 65 tokens, and the model takes 64"):
+        twin(torch.full((1, 65), 5), experts="a")

@@ -67,6 +67,10 @@ def read_description(place: Path) -> dict[str, Any]:
     if labels is not None:
         if not isinstance(labels, list) or len(labels) < 2 or len(set(map(str, labels))) < len(labels):
             raise TaskError("`labels` is not a list of at least two different names", where=str(place), fix=SHAPE)
+        if any(isinstance(label, (int, float)) for label in labels) and labels != list(range(len(labels))):
+            cause = f"`labels` are numbers other than their positions, 0 to {len(labels) - 1}"
+            fix = "Number them from 0 here and in the examples, or write them as text in both"
+            raise TaskError(cause, where=str(place), fix=fix)
         content["labels"] = tuple(map(str, labels))
     length = content.get("max_length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):

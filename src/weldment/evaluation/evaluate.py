@@ -93,6 +93,7 @@ class Evaluator:
 
         Raises:
             TaskError: the model cannot be evaluated on one of them.
+            NonFiniteError: its answers are NaN or infinite.
         """
         chosen = {**self.heads, **(heads or {})}
         return {task.name: self.score(state, task, chosen) for task in self.tasks}
@@ -132,7 +133,7 @@ class Evaluator:
         length = longest(tokenizer, network, self.options.max_length or task.max_length)
         key = (task.name, digest, length)
         if key not in self._encoded:
-            self._encoded[key] = encode(tokenizer, split, length)
+            self._encoded[key] = encode(tokenizer, split, length, name=task.name)
         encoded = self._encoded[key]
         what = f"{state.name} on {task.name}"
         found = logits(
@@ -183,6 +184,7 @@ def evaluate(
 
     Raises:
         UserError: the model, a task or a head is at fault.
+        NonFiniteError: the model's answers are NaN or infinite.
     """
     loaded = load_tasks(tasks)
     given = load_heads(heads)

@@ -134,6 +134,6 @@ def label_order(labels: tuple[str, ...], config: Mapping[str, Any]) -> ndarray:
     """For each output of a head, the position of its label; by name where all names are known, else in order."""
     named = {int(place): str(name).casefold() for place, name in (config.get("id2label") or {}).items()}
     positions = {label.casefold(): place for place, label in enumerate(labels)}
-    if sorted(named.values()) == sorted(positions):
+    if sorted(named.values()) == sorted(positions) and sorted(named) == list(range(len(labels))):
         return np.array([positions[named[place]] for place in range(len(labels))])
     return np.arange(len(labels))

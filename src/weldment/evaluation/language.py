@@ -213,7 +213,7 @@ def perplexity(task: str, losses: ndarray, examples: int, *, bytes_: int | None 
     size = max(1, min(BLOCK, len(losses) // 10))
     starts = np.arange(0, len(losses), size)
     sums, sizes = np.add.reduceat(losses, starts), np.diff(starts, append=len(losses))
-    counts = draws(len(starts), seed)
+    counts = draws(len(starts), seed, task=task)
     details: dict[str, float] = {"tokens": len(losses)}
     if bytes_:
         details["bits_per_byte"] = float(losses.sum() / np.log(2) / bytes_)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 
@@ -43,29 +44,30 @@ class Metric:
     regression: bool = False
 
 
-def bootstrap(metric: Metric, labels: ndarray, predictions: ndarray, seed: int = 0) -> ndarray:
+def bootstrap(metric: Metric, labels: ndarray, predictions: ndarray, seed: int = 0, task: str = "") -> ndarray:
     """The metric of resamples.
 
     Args:
         labels, predictions: (n,).
-        seed: of the resamples, which depend on it and on n alone.
+        seed: of the resamples, which depend on it, on n and on the task's name alone: so those of models are paired,
+            and those of tasks are not.
 
     Returns:
         (RESAMPLES,); NaN where it is not defined for a resample.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        blocks = draw_blocks(len(labels), seed)
+        blocks = draw_blocks(len(labels), seed, task=task)
         return np.concatenate([metric.resampled(labels, predictions, counts.astype(np.float64)) for counts in blocks])
 
 
-def draws(examples: int, seed: int = 0, resamples: int = RESAMPLES) -> ndarray:
-    """Counts (B, n) of resamples with replacement; the same for the same seed and number of examples."""
-    return np.concatenate(list(draw_blocks(examples, seed, resamples)))
+def draws(examples: int, seed: int = 0, resamples: int = RESAMPLES, task: str = "") -> ndarray:
+    """Counts (B, n) of resamples with replacement; the same for the same seed, task and number of examples."""
+    return np.concatenate(list(draw_blocks(examples, seed, resamples, task)))
 
 
-def draw_blocks(examples: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[ndarray]:
+def draw_blocks(examples: int, seed: int = 0, resamples: int = RESAMPLES, task: str = "") -> Iterator[ndarray]:
     """The same, some resamples at a time, for numbers of examples that leave no memory for all."""
-    generator = np.random.default_rng([seed, examples])
+    generator = np.random.default_rng([seed, examples, crc32(task.encode())])
     step = max(1, _COUNTS // examples)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from weldment.errors import TaskError
+from weldment.errors import NonFiniteError, TaskError
 from weldment.evaluation.tasks import Split
 
 if TYPE_CHECKING:
@@ -45,17 +45,25 @@ class Encoded:
         return len(self.inputs)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int, *, name: str = "") -> Encoded:
     """The tokens of all examples.
 
     Args:
         max_length: tokens after which an example is cut.
+        name: of the task.
+
+    Raises:
+        TaskError: an example has no tokens, as empty texts have where the tokenizer puts nothing around them.
     """
     pairs = None if split.pairs is None else list(split.pairs)
     found = tokenizer(list(split.texts), pairs, truncation=True, max_length=max_length)
     names = list(found)
     rows = [{name: found[name][place] for name in names} for place in range(len(split))]
     lengths = np.array([len(row["input_ids"]) for row in rows])
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        cause = f"{len(empty)} of {len(split)} examples have no tokens, first number {empty[0] + 1}"
+        raise TaskError(cause, where=name or None, fix="Remove examples without text")
     order = np.argsort(-lengths, kind="stable")
     return Encoded(tuple(rows[place] for place in order), order)
 
@@ -76,7 +84,8 @@ def logits(
         report: called with the number of examples that were done since the last call.
 
     Raises:
-        TaskError: texts cannot be padded, or an answer is NaN or infinite.
+        TaskError: texts cannot be padded.
+        NonFiniteError: an answer is NaN or infinite.
     """
     taken = inspect.signature(network.forward).parameters
 
@@ -86,7 +95,8 @@ def logits(
     out = read_in_batches(network, tokenizer, encoded, read, name=name, batch=batch, report=report)
     if not np.isfinite(out).all():
         cause = f"answers NaN or infinity to {np.count_nonzero(~np.isfinite(out).all(axis=1))} of {len(out)} examples"
-        raise TaskError(cause, where=name, fix="Its activations overflow: use float32, or merge with smaller weights")
+        fix = "Its activations overflow: use float32, or merge with smaller weights"
+        raise NonFiniteError(cause, where=name, fix=fix)
     return out
 
 

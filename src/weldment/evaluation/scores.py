@@ -63,7 +63,7 @@ class Score:
             "low": low,
             "high": high,
             "examples": self.examples,
-            **self.details,
+            **{name: number if math.isfinite(number) else None for name, number in self.details.items()},
         }
 
 
@@ -75,7 +75,7 @@ def score(task: str, metric: str, labels: ndarray, predictions: ndarray, seed: i
         seed: of the resamples.
     """
     row = METRICS[metric]
-    samples = bootstrap(row, labels, predictions, seed)
+    samples = bootstrap(row, labels, predictions, seed, task)
     return Score(task, metric, row.of(labels, predictions), len(labels), samples)
 
 

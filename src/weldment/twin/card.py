@@ -24,9 +24,9 @@ The folder is also an ordinary model, the shared one, and every folder in `exper
 
 ```python
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import SHARED_CLASS
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("THIS_FOLDER"), "THIS_FOLDER/experts/NAME")
+model = PeftModel.from_pretrained(SHARED_CLASS.from_pretrained("THIS_FOLDER"), "THIS_FOLDER/experts/NAME")
 ```"""
 
 
@@ -50,7 +50,12 @@ def bundle_card(planned: TwinPlan, records: Sequence[Mapping[str, Any]]) -> str:
         "One shared model, what each expert has beyond it in compressed form, and a router that mixes these parts for "
         f"every input; built with weldment {__version__}. Method: Twin-Merging (Lu et al., NeurIPS 2024).",
         "\n".join(["| expert | size | of its squared difference kept |", "| --- | --- | --- |", *rows]),
-        _USE,
+        _USE.replace("SHARED_CLASS", _shared_class(planned)),
         "`twin.json` has the SHA-256 of every file, `weldment.json` the recipe and an account of the shared model.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _shared_class(planned: TwinPlan) -> str:
+    """The class whose names of modules the adapters have."""
+    return next(iter(planned.merge.config.get("architectures") or ["AutoModel"]))

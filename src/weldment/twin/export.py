@@ -24,6 +24,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be started with."""
 
 _MODEL = "model"
+_SHARED = "shared"
 _OTHER = (EXPERTS, ROUTER, TWIN, "README.md", "weldment.json")
 _README = """# {count} experts for vLLM
 
@@ -72,7 +73,7 @@ def export_vllm(bundle: str | Path, out: str | Path, *, overwrite: bool = False)
         _copy_model(read, staging.folder / _MODEL)
         for part in read.experts:
             _write_adapter(part, configs[part.name], rank, staging.folder / part.name)
-        routes = {"shared": "shared", "experts": list(read.names), "rank": rank, "command": command}
+        routes = {"shared": _SHARED, "experts": list(read.names), "rank": rank, "command": command}
         write_json(staging.folder / "routes.json", routes)
         text = _README.format(count=len(read.experts), command=command)
         (staging.folder / "README.md").write_text(text, encoding="utf-8")
@@ -99,6 +100,8 @@ def _problems(part: ExpertPart, config: Mapping[str, object]) -> list[PlanError]
     from safetensors import safe_open
 
     found: list[tuple[str, str]] = []
+    if part.name.lower() in (_MODEL, _SHARED):
+        found.append(("the shared model has that name there", "Build the bundle with another `name` for it"))
     if part.adapter is None:
         found.append(("it has no LoRA layers", "Build it with `exclusive: {kind: svd}`"))
     else:
@@ -121,7 +124,7 @@ def _command(names: Sequence[str], rank: int) -> str:
     most = next(allowed for allowed in RANKS if allowed >= rank)
     modules = " ".join(shlex.quote(f"{name}={name}") for name in names)
     return (
-        f"vllm serve {_MODEL} --served-model-name shared --enable-lora --max-loras {len(names)} "
+        f"vllm serve {_MODEL} --served-model-name {_SHARED} --enable-lora --max-loras {len(names)} "
         f"--max-lora-rank {most} --lora-modules {modules}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,22 +102,41 @@ def _class(bundle: Bundle, task_class: str | type | None) -> tuple[Any, bool]:
     import transformers
 
     heads = [expert for expert in bundle.experts if expert.head is not None]
-    own = bundle.shared["class"]
-    if task_class is None and heads and len(heads) < len(bundle.experts):
-        without = next(expert.name for expert in bundle.experts if expert.head is None)
-        cause = f"the expert {without!r} has no head, and {heads[0].name!r} has one"
-        raise UserError(cause, where=str(bundle.folder), fix=f"To load it without heads, give task_class={own!r}")
-    name = task_class or (_class_of_heads(bundle.experts) if heads else own)
+    own = _own_class(bundle, heads)
+    name = task_class or (_class_of_heads(heads) if heads else own)
     kind = getattr(transformers, name, None) if isinstance(name, str) else name
     if kind is None:
         raise UserError(f"transformers has no class {name!r}", where=str(bundle.folder), fix="Give `task_class`")
-    return kind, bool(heads) and kind.__name__ != own
+    has_heads = bool(heads) and kind.__name__ != own
+    if has_heads and len(heads) < len(bundle.experts):
+        without = next(expert.name for expert in bundle.experts if expert.head is None)
+        cause = f"the expert {without!r} has no head, and {heads[0].name!r} has one"
+        raise UserError(cause, where=str(bundle.folder), fix=f"To load it without heads, give task_class={own!r}")
+    return kind, has_heads
 
 
-def _class_of_heads(experts: tuple[ExpertPart, ...]) -> str:
+def _own_class(bundle: Bundle, heads: Sequence[ExpertPart]) -> str | None:
+    """The class of the shared model: of the backbone where its configuration names that of the experts' heads."""
+    from transformers import AutoConfig
+
+    from weldment.evaluation.networks import named_class
+
+    named = bundle.shared["class"]
+    if named is None or named not in map(_architecture, heads):
+        return named
+    config = AutoConfig.from_pretrained(bundle.folder, local_files_only=True)
+    return named_class(config, str(bundle.folder), backbone=True).__name__
+
+
+def _architecture(expert: ExpertPart) -> str | None:
+    """The class that the configuration of an expert with a head names."""
     from weldment.twin.heads import head_config
 
-    names = [(head_config(expert).get("architectures") or [None])[0] for expert in experts]
+    return (head_config(expert).get("architectures") or [None])[0]
+
+
+def _class_of_heads(experts: Sequence[ExpertPart]) -> str:
+    names = [_architecture(expert) for expert in experts]
     others = [expert.name for expert, name in zip(experts, names, strict=True) if name != names[0]]
     if names[0] is None or others:
         cause = f"the experts' heads are of different classes: {', '.join(map(str, names))}"

@@ -20,7 +20,7 @@ from weldment.recipe.parameters import is_conditional, value_of
 from weldment.recipe.recipe import ModelInput, Settings
 from weldment.recipe.schema import validated
 from weldment.recipe.settings import Findings, read_setting
-from weldment.recipe.words import Place, shown
+from weldment.recipe.words import Place, shown, yaml_path
 from weldment.twin.sections import SECTIONS, ExclusiveSection, RouterSection, SharedSection, TwinSection
 
 LAMBDA = 0.3
@@ -156,14 +156,15 @@ def _checked(document: Mapping[str, Any], twin: Mapping[str, Any], place: Place)
         found += [*wrong, *_router(section.router, place.at("twin", "router"))]
     if found or merge is None or section is None:
         raise joined(RecipeError, found)
-    recipe = TwinRecipe(merge, shared.model, names, exclusive, section.exclude, section.router, document)
+    named = {item.model: names[item.where] for item in merge.models if item.where in names}
+    recipe = TwinRecipe(merge, shared.model, named, exclusive, section.exclude, section.router, document)
     if problems := _expert_problems(recipe):
         raise joined(RecipeError, problems)
     return recipe
 
 
 def _names(document: Mapping[str, Any], place: Place) -> tuple[dict[str, str], list[RecipeError]]:
-    """The names that items of `models` give, by their model."""
+    """The names that items of `models` give, by the items' places."""
     found: dict[str, str] = {}
     problems: list[RecipeError] = []
     for index, item in enumerate(_listed(document)):
@@ -174,8 +175,8 @@ def _names(document: Mapping[str, Any], place: Place) -> tuple[dict[str, str], l
             problems.append(at.problem(f"{shown(name)} is not a name: letters, digits, `_`, `-` and `.`"))
         elif name.lower() in (other.lower() for other in found.values()):
             problems.append(at.problem(f"two experts are named `{name}`", "Rename one of them"))
-        elif isinstance(item.get("model"), str):
-            found[item["model"].strip().rstrip("/")] = name
+        else:
+            found[yaml_path(("models", index))] = name
     return found, problems
 
 

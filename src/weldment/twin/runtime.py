@@ -204,12 +204,15 @@ class Twin:
 
     def _routing(self, given: Mapping[str, Any], rows: int, experts: Names | None, weights: Any) -> Routing:
         if experts is not None or weights is not None:
+            self._refuse_long(_size(given)[1])
             return self.routing_of(rows, experts=experts, expert_weights=weights)
         cache = _cache_of(given)
-        known = self._held or getattr(cache, "twin_routing", None)
+        is_filled = cache is not None and cache.get_seq_length() > 0
+        # An emptied cache is for another prompt.
+        known = self._held or (getattr(cache, "twin_routing", None) if is_filled else None)
         if known is not None:
             return _repeated(known, rows)
-        if cache is not None and cache.get_seq_length() > 0:
+        if is_filled:
             cause = "there is a key-value cache of tokens that this model was not routed on"
             raise UserError(cause, fix="Use `generate`, or give `experts` or `expert_weights`")
         return self.route(**given)

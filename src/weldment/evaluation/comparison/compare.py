@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weldment.adapters.opening import open_model
-from weldment.errors import TaskError, UserError
+from weldment.errors import TaskError, UserError, WeldmentError
 from weldment.evaluation.comparison.digests import model_digest
 from weldment.evaluation.comparison.lineup import BASE, Entry, Lineup, line_up, plan_all
 from weldment.evaluation.comparison.rows import Comparison, Kind, Row, mean_row, score_row
@@ -191,7 +191,7 @@ class _Comparing:
         """The tasks that a model is the expert of."""
         return {task for task, name in self.lineup.tasks.items() if name == expert}
 
-    def _left_out(self, name: str, task: str, error: TaskError) -> None:
+    def _left_out(self, name: str, task: str, error: WeldmentError) -> None:
         self.missing.setdefault(task, []).append((name, error.cause))
 
     def _comparison(self) -> Comparison:
@@ -216,8 +216,9 @@ class _Comparing:
                 yield f"{task.name}: no expert among the models, so nothing to be in percent of (--expert names one)"
         for row in self.rows:
             for task in (task for task, name in names.items() if name == row.name):
-                if task in row.scores and not row.scores[task].value:
-                    yield f"{task}: its expert's score is 0, of which nothing can be in percent"
+                score = row.scores.get(task)
+                if score is not None and not score.value > 0:
+                    yield f"{task}: its expert's score is {score.value:g}, of which nothing can be in percent"
         for task, models in self.missing.items():
             listing = ", ".join(name for name, _ in models)
             yield f"{task}: not scored for {listing}: {models[0][1]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from weldment.errors import TaskError
+from weldment.errors import NonFiniteError, TaskError, WeldmentError
 from weldment.evaluation.scores import Score, Scores, average, differs, normalised
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def score_row(
     heads: Heads | None = None,
     seconds: float = 0.0,
     what: str = "",
-    left_out: Callable[[str, TaskError], None] | None = None,
+    left_out: Callable[[str, WeldmentError], None] | None = None,
     tasks: Collection[str] | None = None,
 ) -> Row:
     """Scores of a model in memory as a row.
@@ -76,6 +76,7 @@ def score_row(
 
     Raises:
         TaskError: the model cannot be evaluated on one of the tasks.
+        NonFiniteError: its answers are NaN or infinite.
     """
     start = time.perf_counter()
     given = {**{task: head for task, head in (heads or {}).items() if task not in state.heads}, **evaluator.heads}
@@ -83,7 +84,7 @@ def score_row(
     for task in (task for task in evaluator.tasks if tasks is None or task.name in tasks):
         try:
             scores[task.name] = evaluator.score(state, task, given)
-        except TaskError as error:
+        except (TaskError, NonFiniteError) as error:
             if left_out is None or task.name in given:
                 raise
             left_out(task.name, error)
@@ -115,11 +116,13 @@ def _mean(scores: Sequence[Score]) -> Score:
     """The mean of scores on the same examples: resamples stay paired, and what all have in common stays whole."""
     first = scores[0]
     errors = [score.error for score in scores if score.error is not None]
+    details = {name: sum(score.details[name] for score in scores) / len(scores) for name in first.details}
     return replace(
         first,
         value=float(np.mean([score.value for score in scores])),
         samples=np.mean([score.samples for score in scores], axis=0),
         error=float(np.mean(errors)) if errors else None,
+        details=details,
     )
 
 
@@ -164,8 +167,9 @@ class Comparison:
         return self._relative(row.scores)
 
     def _relative(self, scores: Scores) -> dict[str, Score]:
-        wanted = {task: self.row(expert).scores[task] for task, expert in self.experts.items()}
-        wanted = {task: score for task, score in wanted.items() if score.value}
+        known = {task: self.row(expert).scores.get(task) for task, expert in self.experts.items()}
+        # Nothing is in percent of 0, and of a negative number more is worse.
+        wanted = {task: score for task, score in known.items() if score is not None and score.value > 0}
         found = {
             task: normalised(scores[task], wanted[task]) for task in self.tasks if task in wanted and task in scores
         }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weldment.errors import MergeError, UserError
 from weldment.evaluation.comparison.compare import check_comparison, compare
+from weldment.evaluation.comparison.digests import model_digest
 from weldment.evaluation.comparison.lineup import Lineup, line_up
 from weldment.evaluation.evaluate import Evaluator, Options, Report
 from weldment.evaluation.heads import choose_head, load_heads
@@ -34,8 +35,9 @@ from weldment.evaluation.search.samplers import grid_size, sampler_of
 from weldment.evaluation.search.space import Space, load_space, point
 from weldment.evaluation.search.study import digest, open_study
 from weldment.evaluation.search.trials import Goal, Runner, Trial, best_of, finished
-from weldment.evaluation.states import Head, load_state, short_name
+from weldment.evaluation.states import Head, ModelState, load_state, short_name
 from weldment.evaluation.tasks import AnyTask, LanguageTask, Task, load_tasks
+from weldment.report.manifest import file_digest
 
 if TYPE_CHECKING:
     from weldment.merging import RecipeSource
@@ -152,11 +154,12 @@ def _check_splits(evaluator: Evaluator) -> list[str]:
 
 def _of(space: Space, lineup: Lineup, evaluator: Evaluator) -> dict[str, str]:
     """What values of a study depend on besides the point, as digests."""
-    options = evaluator.options
+    options, heads = evaluator.options, evaluator.heads
     experts = {task: lineup.models[name] for task, name in lineup.tasks.items()}
     return {
         "recipe": digest(space.documents),
         "experts": digest([lineup.base, experts]),
+        "heads": digest({task: model_digest(ModelState(task, h.tensors, h.config)) for task, h in heads.items()}),
         "tasks": digest([_content(task, evaluator) for task in evaluator.tasks]),
         "options": digest([options.limit, options.max_length, options.dtype, options.recalibrate]),
     }
@@ -165,7 +168,8 @@ def _of(space: Space, lineup: Lineup, evaluator: Evaluator) -> dict[str, str]:
 def _content(task: AnyTask, evaluator: Evaluator) -> list[Any]:
     """A task as its examples, wherever they lie."""
     if isinstance(task, LanguageTask):
-        return [task.name, task.kind]
+        is_file = Path(task.source).expanduser().is_file()
+        return [task.name, task.kind, file_digest(Path(task.source).expanduser()) if is_file else task.source]
     split = task.split(evaluator.options.split)
     return [task.name, task.metric, task.labels, task.max_length, split.texts, split.pairs, split.labels.tolist()]
 
