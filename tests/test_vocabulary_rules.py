@@ -194,7 +194,7 @@ def test_ids_beyond_the_rows_are_found_before_the_merge(tmp_path: Path, words: d
     one = shutil.copytree(words["one"], tmp_path / "one")
     content = json.loads((one / name).read_text())
     (one / name).write_text(json.dumps({**content, "pad_token_id": 4321}))
-    with pytest.raises(PlanError, match=rf"one: {name} says pad_token_id 4321, and the embeddings have"):
+    with pytest.raises(PlanError, match=rf"{name} says pad_token_id 4321, and .* rows. Correct it in {one};"):
         weldment.plan(recipe({**words, "one": one}))
 
 

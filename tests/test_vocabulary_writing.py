@@ -246,6 +246,26 @@ def test_templates_by_name_stay_unless_another_is_asked_for(
     assert AutoTokenizer.from_pretrained(replaced).chat_template == TEMPLATES["chatml"]
 
 
+def test_the_template_of_a_processor_stays_or_is_replaced(tmp_path: Path) -> None:
+    for name, output in {
+        "kept": united([stored(), stored("bpe", ROWS)]),
+        "new": Output(stored(), template="{}"),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": SHOUT}))
+        write_tokenizer(folder, output)
+        wanted = SHOUT if name == "kept" else "{}"
+        assert json.loads((folder / "chat_template.json").read_text()) == {"chat_template": wanted}
+
+
+def test_blocks_nested_too_deep_are_found_before_the_merge(three: tuple[Path, Path, Path]) -> None:
+    depth = 30
+    template = "{% for m in messages %}" * depth + "{{ m }}" + "{% endfor %}" * depth
+    with pytest.raises(PlanError, match=r"cannot be parsed: too many statically nested blocks"):
+        weldment.plan(recipe(three, chat_template=template))
+
+
 def test_ids_that_the_model_of_the_tokenizer_has_not_are_left_out(
     tmp_path: Path, three: tuple[Path, Path, Path]
 ) -> None:

@@ -195,9 +195,10 @@ def _lost_ids(
     if words.output is None or not rows:
         return []
     generation = generation_config(side, words.tokenizer, words.output.tokens)
-    owner = words.tokenizer.reference
+    owners = dict.fromkeys((words.tokenizer.reference, config_model(inputs), side.reference))
+    fix = f"Correct it in {' or '.join(owners)}; null says that there is none"
     return [
-        PlanError(said, where=f"{inputs.recipe.origin}: {owner}", fix="Correct it there; null says that there is none")
+        PlanError(said, where=inputs.recipe.origin, fix=fix)
         for name, content in (("config.json", config), (GENERATION, generation))
         for said in ids_beyond(name, content, rows)
     ]

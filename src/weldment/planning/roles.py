@@ -16,7 +16,8 @@ _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings|backbone\.embeddings?|embedding)\.weight$"
 )
 _TOKEN_BIAS = re.compile(
-    r"(^|\.)(lm_head|lm_head\.decoder|predictions|predictions\.decoder|vocab_projector)\.bias$|(^|\.)final_logits_bias$|^decoder\.bias$"
+    r"(^|\.)(lm_head|lm_head\.decoder|predictions|predictions\.decoder|vocab_projector)\.bias$"
+    r"|(^|\.)final_logits_bias$|^decoder\.bias$"
 )
 _OTHER_ROWS = re.compile(rf"position|wpe|pos_emb|{OTHER_TOWER.pattern}", re.IGNORECASE)
 _COPIES = (
@@ -83,8 +84,7 @@ def seems_to_hold_tokens(name: str, shape: tuple[int, ...], embedding: tuple[int
     """
     if has_token_rows(name) or layer_of(name) is not None or _OTHER_ROWS.search(name):
         return False
-    rows, width = embedding
-    return "embed_tokens_per_layer" in name or (shape[:1] == (rows,) and rows != width)
+    return "embed_tokens_per_layer" in name or shape[:1] == embedding[:1] != embedding[-1:]
 
 
 def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:

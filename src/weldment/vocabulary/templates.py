@@ -84,6 +84,8 @@ def syntax_error(template: str) -> str | None:
         _environment().compile(template)
     except TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
+    except (SyntaxError, RecursionError) as error:  # blocks nested deeper than Python's own may be
+        return str(error)
     return None
 
 
