@@ -72,7 +72,7 @@ def read_side_file(model: Checkpoint, name: str) -> bytes | None:
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer."""
     path = PurePosixPath(name)
-    if path.parts[0] == MORE_TEMPLATES:
+    if path.parts[0] in (MORE_TEMPLATES, "chat_templates"):
         return True
     return len(path.parts) == 1 and any(fnmatchcase(name, pattern) for pattern in TOKENIZER)
 
