@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from doctor_models import TOKENS, base_state, codes, family, save
+from doctor_models import TOKENS, base_state, codes, family, save, tokenizer
 from lora_folders import write_lora
 from models import perturbed, read_state, save_state
 from weldment import merge
@@ -190,6 +191,16 @@ class TestAdapters:
         assert found.advice is not None
         assert found.advice.method == "task_arithmetic"
         assert "base_model" not in found.advice.recipe
+        assert any("lora_A" in name for name in pasted(found.advice, tmp_path))
+
+    def test_with_tokens_of_their_own_get_a_recipe_for_adapters(self, adapters: Folders, tmp_path: Path) -> None:
+        """Merges of adapters to an adapter take no `tokenizer`."""
+        more = shutil.copytree(adapters[1][1], tmp_path / "more")
+        (more / "tokenizer.json").write_text(tokenizer([*TOKENS, "new"]))
+        found = against(None, adapters[1][0], more)
+        assert "not-mergeable" not in codes(found)
+        assert found.advice is not None
+        assert "tokenizer" not in found.advice.recipe
         assert any("lora_A" in name for name in pasted(found.advice, tmp_path))
 
     def test_on_a_base_are_models(self, adapters: Folders, tmp_path: Path) -> None:

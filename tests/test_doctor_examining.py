@@ -94,6 +94,11 @@ class TestHead:
         path = healthy(tmp_path / "m", state=base_state(), tied=False, architectures=["LlamaForCausalLM"])
         assert only(diagnose(str(path)), "head-missing").level == "problem"
 
+    def test_under_another_name_is_not_missing(self, tmp_path: Path) -> None:
+        state = {**base_state(), "output.weight": torch.ones(ROWS, 16)}
+        path = healthy(tmp_path / "m", state=state, tied=False, architectures=["InternLM2ForCausalLM"])
+        assert diagnose(str(path)).findings == ()
+
     def test_an_encoder_needs_none(self, tmp_path: Path) -> None:
         path = healthy(tmp_path / "m", state=base_state(), tied=False, architectures=["BertModel"])
         assert diagnose(str(path)).findings == ()

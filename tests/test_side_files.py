@@ -33,6 +33,7 @@ from weldment.checkpoint.side_files import copy_side_files, is_tokenizer_file, w
         ("chat_template.jinja", True),
         ("chat_template.json", True),
         ("chat_templates/tool_use.jinja", True),
+        ("additional_chat_templates/tool_use.jinja", True),
         ("generation_config.json", False),
         ("preprocessor_config.json", False),
         ("tokenization_own.py", False),

@@ -68,6 +68,13 @@ def test_vocabularies_of_other_sizes_are_explained_by_their_tokens(tmp_path: Pat
         plan(recipe)
 
 
+def test_a_damaged_tokenizer_does_not_hide_that_others_differ(tmp_path: Path) -> None:
+    texts = {"a": "{", "b": tokenizer("x", "y"), "c": tokenizer("y", "x")}
+    inputs = [save(tmp_path / name, text, seed) for seed, (name, text) in enumerate(texts.items())]
+    with pytest.raises(PlanError, match=r"different vocabularies: 2 tokens lie at other rows in .*c than in .*b"):
+        plan(models.recipe("linear", *inputs))
+
+
 def test_model_that_gives_only_files_is_not_compared(tmp_path: Path) -> None:
     base = save(tmp_path / "base", tokenizer("y", "x"))
     inputs = [save(tmp_path / name, tokenizer("x", "y"), seed) for seed, name in enumerate("ab")]

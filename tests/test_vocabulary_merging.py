@@ -38,6 +38,13 @@ def bert(rows: int) -> PreTrainedModel:
     return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=rows, pad_token_id=2, **SMALL)).eval()
 
 
+def modern_bert(rows: int) -> PreTrainedModel:
+    """Its head's bias stands outside of what is called a head."""
+    ids = {"bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 2}
+    config = transformers.ModernBertConfig(vocab_size=rows, **ids, **SMALL)
+    return transformers.ModernBertForMaskedLM(config).eval()
+
+
 def gpt2(rows: int) -> PreTrainedModel:
     config = transformers.GPT2Config(
         vocab_size=rows, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
@@ -57,6 +64,7 @@ NETWORKS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
     "llama": ("bpe", llama),
     "llama tied": ("bpe", lambda rows: llama(rows, tied=True)),
     "bert": ("wordpiece", bert),
+    "modern bert": ("bpe", modern_bert),
     "gpt2": ("bpe", gpt2),
     "t5": ("unigram", t5),
 }

@@ -111,6 +111,16 @@ def test_kept_heads_have_the_rows_of_the_merged_tokenizer(trio: dict[str, Path],
     assert json.loads((out / "heads" / "base.json").read_text())["vocab_size"] == len(kept) == len(rows)
 
 
+def test_a_kept_head_knows_where_its_special_tokens_lie(trio: dict[str, Path], tmp_path: Path) -> None:
+    """Classifiers look for the last token before the padding."""
+    chat = shutil.copytree(trio["chat"], tmp_path / "chat")
+    own = weldment_tokens(chat)["<|turn|>"]
+    (chat / "config.json").write_text(json.dumps({**models.read_config(chat), "pad_token_id": own}))
+    out = tmp_path / "out"
+    weldment.merge(linear(trio["other"], chat, tokenizer={}, heads=["lm_head.*"]), out)
+    assert json.loads((out / "heads" / "chat.json").read_text())["pad_token_id"] == weldment_tokens(out)["<|turn|>"]
+
+
 def test_a_copied_tokenizer_with_tokens_that_have_no_row_fails_and_the_advice_works(
     trio: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -146,3 +156,42 @@ def test_advice_for_encoders_takes_the_bias_of_the_head_too(tmp_path: Path) -> N
 def test_templates_by_name_can_be_rendered(name: str) -> None:
     text = rendered(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
     assert text.index("How are you?") < text.index("Fine.") < text.index("Good.")
+
+
+def with_tensors(folder: Path, model: Path, **more: torch.Tensor) -> Path:
+    """A copy of a model with other tensors besides its own, or instead of them."""
+    shutil.copytree(model, folder)
+    state = {**load_file(folder / "model.safetensors"), **{name.replace("__", "."): t for name, t in more.items()}}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["output__weight", "generator__bias", "model__embed_tokens_per_layer__weight"])
+def test_rows_of_tokens_under_an_unknown_name_are_refused(trio: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A head that is not known by name would be merged row by row, though its rows mean other tokens."""
+    rows = len(weldment_tokens(trio["chat"]))
+    shape = (rows,) if name.endswith("bias") else (rows, 8)
+    chat, other = (
+        with_tensors(tmp_path / model, trio[model], **{name: torch.ones(shape)}) for model in ("chat", "other")
+    )
+    with pytest.raises(PlanError, match=name.replace("__", ".")) as error:
+        weldment.plan(linear(chat, other, tokenizer={}))
+    assert "not known by name" in str(error.value)
+    dropped = linear(chat, other, tokenizer={}, drop=[name.replace("__", ".")])
+    assert weldment.plan(dropped).output is not None
+
+
+def test_a_head_of_another_length_than_the_embeddings_is_refused(trio: dict[str, Path], tmp_path: Path) -> None:
+    heads = [
+        with_tensors(tmp_path / model, trio[model], lm_head__weight=torch.ones(288, 8)) for model in ("chat", "other")
+    ]
+    with pytest.raises(PlanError, match=r"lm_head.weight.*288"):
+        weldment.plan(linear(*heads, tokenizer={}))
+
+
+def test_what_one_model_alone_has_can_be_left_out_as_advised(trio: dict[str, Path], tmp_path: Path) -> None:
+    rows = len(weldment_tokens(trio["other"]))
+    other = with_tensors(tmp_path / "other", trio["other"], lm_head__bias=torch.ones(rows))
+    with pytest.raises(PlanError, match=r"which has no tensor 'lm_head.bias'"):
+        weldment.plan(linear(trio["chat"], other, tokenizer={}))
+    assert weldment.plan(linear(trio["chat"], other, tokenizer={}, drop=["lm_head.bias"])).output is not None

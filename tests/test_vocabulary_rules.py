@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import weldment
 from folders import weld, write_recipe
 from tokenizers_made import FOX, ROWS, save, tokenizer
+from weldment import PlanError
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = {"base": FOX, "one": ROWS, "two": FOX + " " + ROWS}
@@ -186,6 +188,16 @@ def test_a_template_that_does_not_parse(tmp_path: Path, words: dict[str, Path]) 
     assert "chat_template" in said
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ids_beyond_the_rows_are_found_before_the_merge(tmp_path: Path, words: dict[str, Path], name: str) -> None:
+    """An id one beyond the last row, as of a padding token that was never given a row."""
+    one = shutil.copytree(words["one"], tmp_path / "one")
+    content = json.loads((one / name).read_text())
+    (one / name).write_text(json.dumps({**content, "pad_token_id": 4321}))
+    with pytest.raises(PlanError, match=rf"{name} says pad_token_id 4321, and .* rows. Correct it in {one};"):
+        weldment.plan(recipe({**words, "one": one}))
+
+
 @pytest.fixture
 def slow(tmp_path: Path, words: dict[str, Path]) -> dict[str, Path]:
     """The models, the first with a vocab.txt as older BERTs have it and no tokenizer.json."""
@@ -219,3 +231,34 @@ def test_a_slow_tokenizer_needs_transformers(
     said = refused(tmp_path, recipe(slow))
     assert "has a slow tokenizer only" in said
     assert "weldment[eval]" in said
+
+
+def test_a_slow_tokenizer_keeps_what_its_class_says(tmp_path: Path, slow: dict[str, Path]) -> None:
+    """A BERT tells pairs of texts apart by type ids; templates of several names are all kept."""
+    settings = json.loads((slow["one"] / "tokenizer_config.json").read_text())
+    templates = [{"name": "default", "template": "{{ messages }}"}, {"name": "tools", "template": "{{ tools }}"}]
+    settings |= {"chat_template": templates, "padding_side": "left"}
+    (slow["one"] / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = AutoTokenizer.from_pretrained(slow["one"])
+    asked = recipe(slow, source=str(slow["one"]))
+    made = AutoTokenizer.from_pretrained(weldment.merge(asked, tmp_path / "out").path)
+    assert made.model_input_names == own.model_input_names
+    assert made.padding_side == "left"
+    assert made.chat_template == own.chat_template
+    assert made("the cat", "the mat") == own("the cat", "the mat")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"model"', "[]", '{"model": {"vocab": {}}}', '{"added_tokens": [{"content": "a", "id": 0}]}',
+     '{"model": {"type": "Unigram", "vocab": [["a", 0.0], ["b"]]}}',
+     '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "b"}]}',
+     '{"model": {"vocab": {"a": 0, "b": -1}}}', '{"model": {"vocab": {"a": 0, "b": 99999999999}}}'],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path, words: dict[str, Path], content: str) -> None:
+    """None of its tokens would be known, and its rows would silently be those of the others."""
+    damaged = without_tokenizer(tmp_path, words, "one")
+    (damaged["one"] / "tokenizer.json").write_text(content)
+    said = refused(tmp_path, recipe(damaged))
+    assert f"{damaged['one']}" in said
+    assert "its tokenizer.json" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,17 @@ def test_ids_come_with_the_tokenizer(tmp_path: Path, three: tuple[Path, Path, Pa
 
 def test_ids_of_nested_configs() -> None:
     config = {"text_config": {"eos_token_id": 1, "hidden_size": 4}, "eos_token_id": 1}
-    changed = with_token_ids(config, {"text_config": {"eos_token_id": 7}, "eos_token_id": 7, "hidden_size": 9})
+    other = {"text_config": {"eos_token_id": 7}, "eos_token_id": 7, "hidden_size": 9}
+    changed = with_token_ids(config, other, {}, {})
     assert changed == {"text_config": {"eos_token_id": 7, "hidden_size": 4}, "eos_token_id": 7}
+
+
+def test_ids_that_the_other_does_not_state_go_with_their_tokens() -> None:
+    old, new = {"<s>": 0, "<pad>": 2, "<gone>": 3}, {"<pad>": 0, "<s>": 5}
+    config = {"bos_token_id": 0, "pad_token_id": 2, "sep_token_id": 3, "eos_token_id": [0, 3], "mask_token_id": None}
+    moved = {"bos_token_id": 9, "pad_token_id": 0, "eos_token_id": [5], "mask_token_id": None}
+    assert with_token_ids(config, {"bos_token_id": 9}, old, new) == moved
+    assert with_token_ids(config, {}, {}, new) == config
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -194,3 +204,95 @@ def test_checks_find_special_tokens_and_texts_that_no_longer_come_back(tmp_path:
     message = failing(tmp_path, replace(changed, promoted={"the": {"special": False}}), output.size)
     assert "special tokens are not one token in text: '<s>'" in message
     assert "comes back as" in message
+
+
+def test_a_template_that_fails_in_arithmetic_fails_the_merge(tmp_path: Path, three: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(MergeError, match="cannot be rendered: division"):
+        weldment.merge(recipe(three, chat_template="{{ 1 / 0 }}"), tmp_path / "out")
+
+
+def test_unknown_filters_are_found_before_the_merge(three: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(PlanError, match=r"cannot be parsed: No filter named 'shout'"):
+        weldment.plan(recipe(three, chat_template="{{ messages | shout }}"))
+
+
+def with_templates(folder: Path, three: tuple[Path, Path, Path], written: str) -> Path:
+    """A model with a usual template and one for tools, in the settings or in files."""
+    named = {"default": SHOUT, "tools": "{{ tools }}"}
+    shutil.copytree(three[1], folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if written == "settings":
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    else:
+        (folder / "chat_template.jinja").write_text(SHOUT)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(named["tools"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == named
+    return folder
+
+
+@pytest.mark.parametrize("written", ["settings", "files"])
+def test_templates_by_name_stay_unless_another_is_asked_for(
+    tmp_path: Path, three: tuple[Path, Path, Path], written: str
+) -> None:
+    model = with_templates(tmp_path / "model", three, written)
+    only = {"merge_method": "linear", "models": [str(three[2]), str(model)], "tokenizer": {"source": str(model)}}
+    kept = weldment.merge({**only, "chat_template": "auto"}, tmp_path / "auto").path
+    assert AutoTokenizer.from_pretrained(kept).chat_template == {"default": SHOUT, "tools": "{{ tools }}"}
+    replaced = weldment.merge({**only, "chat_template": "chatml"}, tmp_path / "chatml").path
+    assert AutoTokenizer.from_pretrained(replaced).chat_template == TEMPLATES["chatml"]
+
+
+def test_the_template_of_a_processor_stays_or_is_replaced(tmp_path: Path) -> None:
+    for name, output in {
+        "kept": united([stored(), stored("bpe", ROWS)]),
+        "new": Output(stored(), template="{}"),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": SHOUT}))
+        write_tokenizer(folder, output)
+        wanted = SHOUT if name == "kept" else "{}"
+        assert json.loads((folder / "chat_template.json").read_text()) == {"chat_template": wanted}
+
+
+def test_blocks_nested_too_deep_are_found_before_the_merge(three: tuple[Path, Path, Path]) -> None:
+    depth = 30
+    template = "{% for m in messages %}" * depth + "{{ m }}" + "{% endfor %}" * depth
+    with pytest.raises(PlanError, match=r"cannot be parsed: too many statically nested blocks"):
+        weldment.plan(recipe(three, chat_template=template))
+
+
+def test_ids_that_the_model_of_the_tokenizer_has_not_are_left_out(
+    tmp_path: Path, three: tuple[Path, Path, Path]
+) -> None:
+    """Those of the base mean other tokens, or none."""
+    other = shutil.copytree(three[2], tmp_path / "other")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((other / name).read_text())
+        del content["pad_token_id"]
+        (other / name).write_text(json.dumps(content))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_text((other / name).read_text().replace("<pad>", "<gap>"))
+    out = weldment.merge(recipe((three[0], three[1], other), tokenizer={"source": str(other)}), tmp_path / "out").path
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((out / name).read_text())
+        assert "pad_token_id" not in written
+        assert written["bos_token_id"] == 0
+
+
+def test_an_added_token_inside_a_longer_one_is_no_marker(tmp_path: Path) -> None:
+    content = json.loads(trained("bpe", FOX))
+    size = len(content["model"]["vocab"])
+    flags = {"special": False, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    content["added_tokens"] += [
+        {"id": size + n, "content": text, **flags} for n, text in enumerate(["    ", "<|turn|>", "   "])
+    ]
+    start = Stored("m", json.dumps(content).encode(), {"chat_template": "<|turn|>    {{ messages[0].content }}"})
+    for output in (Output(start), united([start, stored("bpe", ROWS, "n")]), united([stored(), start])):
+        made = replace(output, template=start.template)
+        write_tokenizer(tmp_path, made)
+        check_written(tmp_path, made, made.size)

@@ -27,7 +27,14 @@ from weldment.report.card import model_card
 from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
 from weldment.version import __version__
 from weldment.vocabulary.checks import check_copied, check_written
-from weldment.vocabulary.writing import write_generation_config, write_tokenizer
+from weldment.vocabulary.tokenizer import Vocabulary
+from weldment.vocabulary.writing import (
+    generation_config,
+    known_tokens,
+    with_token_ids,
+    write_generation_config,
+    write_tokenizer,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,12 +193,17 @@ def _token_rows(plan: Plan) -> int | None:
     return None if name is None else shapes[name][0]
 
 
+def _tokens(plan: Plan) -> Vocabulary:
+    return known_tokens(plan.tokenizer) if plan.output is None else plan.output.tokens
+
+
 def _head_config(plan: Plan, expert: Checkpoint, rows: int | None) -> Mapping[str, Any]:
-    """An expert's configuration, with the number of rows that its head has where that is aligned by token."""
+    """An expert's configuration, with the rows that its head and its special tokens have where they are aligned."""
     name = input_embedding(expert.tensors)
     if plan.output is None or rows is None or name is None:
         return expert.config
-    return with_rows(expert.config, expert.tensors[name].shape[0], rows)
+    config = with_token_ids(expert.config, {}, known_tokens(expert), plan.output.tokens)
+    return with_rows(config, expert.tensors[name].shape[0], rows)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -221,7 +233,7 @@ def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:
     if plan.output is not None:
         write_tokenizer(folder, plan.output)
     if plan.tokenizer is not plan.side:
-        write_generation_config(folder, plan.tokenizer)
+        write_generation_config(folder, generation_config(plan.side, plan.tokenizer, _tokens(plan)))
     if plan.config:
         write_json(folder / "config.json", plan.config)
     rows = _token_rows(plan)

@@ -32,6 +32,9 @@ TOKENIZER = (
 )
 """Names of the files that a tokenizer consists of."""
 
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates by other names than the usual one."""
+
 
 def copy_side_files(folder: Path, side: Checkpoint, tokenizer: Checkpoint) -> None:
     """Copy the side files of one model, with the tokenizer of another (or the same) one."""
@@ -69,7 +72,7 @@ def read_side_file(model: Checkpoint, name: str) -> bytes | None:
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer."""
     path = PurePosixPath(name)
-    if path.parts[0] == "chat_templates":
+    if path.parts[0] in (MORE_TEMPLATES, "chat_templates"):
         return True
     return len(path.parts) == 1 and any(fnmatchcase(name, pattern) for pattern in TOKENIZER)
 

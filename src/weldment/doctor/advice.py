@@ -85,7 +85,8 @@ def advise(cases: Cases, comparison: Comparison, findings: Sequence[Finding]) ->
     _leave_out(draft, comparison)
     _balance(draft, comparison)
     _keep_heads(draft, cases)
-    if any(finding.code in ("moved-tokens", "other-tokens") for finding in findings):
+    alone = all(number in cases.adapters for number in members)
+    if not alone and any(finding.code in ("moved-tokens", "other-tokens") for finding in findings):
         draft.keys["tokenizer"] = {"source": "union"}
         draft.reasons.append("tokenizer: union, because the vocabularies differ: rows are matched by token")
     recipe = _recipe(draft, cases)

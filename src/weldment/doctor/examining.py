@@ -14,7 +14,7 @@ from weldment.doctor.measuring import Numbers
 from weldment.doctor.tokens import Tokens, check_tokens, read_tokens
 from weldment.planning.config import main_dtype
 from weldment.planning.layers import depths
-from weldment.planning.roles import head_name, input_embedding
+from weldment.planning.roles import head_name, input_embedding, seems_to_hold_tokens
 from weldment.planning.tying import declared_tying, tying_state
 
 
@@ -115,7 +115,7 @@ def _head(model: Checkpoint, state: str) -> Iterator[Finding]:
     declared = declared_tying(model.config)
     if embedding is None:
         return
-    if head is None and declared is False and _writes_text(model.config):
+    if head is None and declared is False and _writes_text(model.config) and not _has_unknown_head(model, embedding):
         text = "config.json says that its head is not tied to the embeddings, and no head is stored"
         advice = "Programs would load a random head: set `tie_word_embeddings` to true, or restore the head"
         yield Finding("problem", "head-missing", model.reference, text, advice)
@@ -126,6 +126,12 @@ def _head(model: Checkpoint, state: str) -> Iterator[Finding]:
     elif head is not None and state == "tied":
         text = f"{head} and {embedding} are the same, stored twice"
         yield Finding("note", "head-twice", model.reference, text, "A merge stores them once")
+
+
+def _has_unknown_head(model: Checkpoint, embedding: str) -> bool:
+    """Whether a tensor may be the head under a name that is not known."""
+    shape = model.tensors[embedding].shape
+    return any(seems_to_hold_tokens(name, entry.shape, shape) for name, entry in model.tensors.items())
 
 
 def _writes_text(config: Mapping[str, Any]) -> bool:

@@ -20,9 +20,10 @@ from weldment.planning.requests import Request, Slicing, is_in_stack, slicing, w
 from weldment.planning.roles import has_token_rows, input_embedding
 from weldment.planning.sorting import Sorted, sort_tensors
 from weldment.planning.tying import declared_tying, with_tying
-from weldment.planning.vocabulary import compare_vocabularies, settle_vocabulary
+from weldment.planning.vocabulary import Words, compare_vocabularies, settle_vocabulary
 from weldment.recipe.recipe import Recipe
-from weldment.vocabulary.writing import with_token_ids
+from weldment.vocabulary.checks import ids_beyond
+from weldment.vocabulary.writing import GENERATION, generation_config, known_tokens, with_token_ids
 
 
 def build_plan(
@@ -56,6 +57,9 @@ def build_plan(
     jobs = jobs if sliced else _in_file_order(inputs, jobs)
     heads, head_jobs = _heads(inputs, left)
     side = side_model(inputs, stages)
+    config = _config(inputs, left, sliced, jobs, words)
+    if lost := _lost_ids(inputs, jobs, words, config, side):
+        raise joined(PlanError, lost)
     notes = [
         *recipe.notes,
         *inputs.notes,
@@ -72,7 +76,7 @@ def build_plan(
         jobs=(*jobs, *head_jobs),
         layout=layout_of((*jobs, *head_jobs), shard_bytes),
         ledger=account(models, inputs.participants, [*jobs, *head_jobs], left.dropped),
-        config=_config(inputs, left, sliced, jobs, words.tokenizer),
+        config=config,
         side=side,
         tokenizer=words.tokenizer,
         output=words.output,
@@ -161,7 +165,7 @@ def _size_notes(jobs: Sequence[TensorJob], shard_bytes: int) -> list[str]:
 
 
 def _config(
-    inputs: Inputs, left: Sorted, sliced: Slicing | None, jobs: Sequence[TensorJob], tokenizer: Checkpoint
+    inputs: Inputs, left: Sorted, sliced: Slicing | None, jobs: Sequence[TensorJob], words: Words
 ) -> Mapping[str, Any]:
     """The output's config; empty if there is none to start from."""
     origin = inputs.models[config_model(inputs)]
@@ -176,10 +180,28 @@ def _config(
     dtype = main_dtype((job.dtype, math.prod(job.shape)) for job in jobs)
     if dtype is not None and (inputs.recipe.dtype or not stated_dtype_holds(origin, dtype)):
         config = with_dtype(config, dtype)
-    if tokenizer is not origin:
-        config = with_token_ids(config, tokenizer.config)
+    if words.tokenizer is not origin:
+        new = known_tokens(words.tokenizer) if words.output is None else words.output.tokens
+        config = with_token_ids(config, words.tokenizer.config, known_tokens(origin), new)
     old, new = _rows(inputs, jobs)
     return config if old == new else with_rows(config, old, new)
+
+
+def _lost_ids(
+    inputs: Inputs, jobs: Sequence[TensorJob], words: Words, config: Mapping[str, Any], side: Checkpoint
+) -> list[PlanError]:
+    """Ids of special tokens in the output's configurations that its embeddings have no row for."""
+    _, rows = _rows(inputs, jobs)
+    if words.output is None or not rows:
+        return []
+    generation = generation_config(side, words.tokenizer, words.output.tokens)
+    owners = dict.fromkeys((words.tokenizer.reference, config_model(inputs), side.reference))
+    fix = f"Correct it in {' or '.join(owners)}; null says that there is none"
+    return [
+        PlanError(said, where=inputs.recipe.origin, fix=fix)
+        for name, content in (("config.json", config), (GENERATION, generation))
+        for said in ids_beyond(name, content, rows)
+    ]
 
 
 def _rows(inputs: Inputs, jobs: Sequence[TensorJob]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from weldment.checkpoint.model import TensorEntry
-from weldment.planning.layers import OTHER_TOWER, is_embedding
+from weldment.planning.layers import OTHER_TOWER, is_embedding, layer_of
 
 Tensors = Mapping[str, TensorEntry]
 
@@ -16,8 +16,10 @@ _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings|backbone\.embeddings?|embedding)\.weight$"
 )
 _TOKEN_BIAS = re.compile(
-    r"(^|\.)(lm_head|lm_head\.decoder|predictions|predictions\.decoder|vocab_projector)\.bias$|(^|\.)final_logits_bias$"
+    r"(^|\.)(lm_head|lm_head\.decoder|predictions|predictions\.decoder|vocab_projector)\.bias$"
+    r"|(^|\.)final_logits_bias$|^decoder\.bias$"
 )
+_OTHER_ROWS = re.compile(rf"position|wpe|pos_emb|{OTHER_TOWER.pattern}", re.IGNORECASE)
 _COPIES = (
     (re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$"), r"\1shared.weight"),
     (re.compile(r"(^|\.)predictions\.decoder\.bias$"), r"\1predictions.bias"),
@@ -72,6 +74,17 @@ def is_token_bias(name: str) -> bool:
 def has_token_rows(name: str) -> bool:
     """Whether a tensor has a row, or an element, for each token: token embeddings, heads and their biases."""
     return name == input_embedding([name]) or is_head(name) or is_token_bias(name)
+
+
+def seems_to_hold_tokens(name: str, shape: tuple[int, ...], embedding: tuple[int, ...]) -> bool:
+    """Whether a tensor looks as if it had a row for each token, though its name is not known for it.
+
+    Args:
+        embedding: the shape of the model's token embeddings.
+    """
+    if has_token_rows(name) or layer_of(name) is not None or _OTHER_ROWS.search(name):
+        return False
+    return "embed_tokens_per_layer" in name or shape[:1] == embedding[:1] != embedding[-1:]
 
 
 def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:

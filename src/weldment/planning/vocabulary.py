@@ -24,6 +24,7 @@ from weldment.planning.roles import (
     is_head,
     is_token_bias,
     original_of,
+    seems_to_hold_tokens,
 )
 from weldment.planning.sorting import Sorted
 from weldment.vocabulary.output import Output
@@ -33,6 +34,7 @@ from weldment.vocabulary.tokenizer import (
     TOKENIZER,
     Tokenizer,
     Vocabulary,
+    check_tokens,
     open_tokenizer,
     require_tokenizer,
     vocabulary,
@@ -40,6 +42,7 @@ from weldment.vocabulary.tokenizer import (
 from weldment.vocabulary.wishes import Wishes
 
 _EXAMPLES = 3
+_LEAVE_OUT = "Leave it out with `drop`, or merge models of one vocabulary without `tokenizer`"
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def _aligned(inputs: Inputs, left: Sorted, wishes: Wishes, stages: Sequence[Plan
     alignment = align(output, models, rows, inputs.recipe.base_model, choices)
     aligner = _Aligner(inputs, alignment, embeddings)
     tensors = {model: aligner.tensors(model, inputs.tensors[model]) for model in inputs.models}
+    aligner.problems.clear()  # of tensors that are dropped as well
     for model, kept in left.tensors.items():
         left.tensors[model] = aligner.tensors(model, kept)
     left.taken = [found._replace(entry=aligner.entry(found.model, found.name, found.entry)) for found in left.taken]
@@ -153,6 +157,7 @@ def _required(inputs: Inputs, models: Iterable[str], stages: Sequence[Plan]) -> 
     for model in models:
         try:
             found[model] = _tokenizer(inputs, model, stages) or require_tokenizer(inputs.models[model], where)
+            check_tokens(found[model], where)
         except CheckpointError as error:
             problems.append(error)
     if problems:
@@ -186,9 +191,10 @@ class _Aligner:
         place = self._alignment.maps.get(model)
         if place is None or model not in self._embeddings:
             return entry
-        rows = self._inputs.tensors[model][self._embeddings[model]].shape[0]
-        shape = _with_rows(name, entry.shape, rows, self._alignment.rows)
+        embedding = self._inputs.tensors[model][self._embeddings[model]].shape
+        shape = _with_rows(name, entry.shape, embedding[0], self._alignment.rows)
         if shape is None:
+            self._refuse_rows(model, name, entry.shape, embedding)
             return entry
         sources: dict[int, tuple[str, TensorEntry]] = {}
         for number in sorted(place.used):
@@ -198,13 +204,23 @@ class _Aligner:
                 cause = (
                     f"{model} gets rows of tokens that it lacks from {lender.reference}, which has no tensor {name!r}"
                 )
-                fix = "Choose another tokenizer, or leave the tensor out with `drop` or `take`"
-                self.problems[name] = PlanError(cause, where=f"{self._inputs.recipe.origin}: tokenizer", fix=fix)
+                self._refuse(name, cause, "Choose another tokenizer, or leave the tensor out with `drop` or `take`")
                 return entry
             if _with_rows(name, found.shape, lender.rows, self._alignment.rows) != shape:
                 return entry  # models of different sizes; the plan says so when it compares shapes
             sources[number] = (lender.reference, found)
         return replace(entry, shape=shape, changes=(), rows=Rows(sources, place))
+
+    def _refuse_rows(self, model: str, name: str, shape: tuple[int, ...], embedding: tuple[int, ...]) -> None:
+        """A problem if a tensor has rows of tokens, though not as many as the embeddings or under an unknown name."""
+        said = f"{name} is {list(shape)} in {model}, whose token embeddings are {list(embedding)}"
+        if has_token_rows(name):
+            self._refuse(name, f"{said}: nothing tells which tokens its rows are", _LEAVE_OUT)
+        elif seems_to_hold_tokens(name, shape, embedding):
+            self._refuse(name, f"{said}: it seems to have a row for each token, but is not known by name", _LEAVE_OUT)
+
+    def _refuse(self, name: str, cause: str, fix: str) -> None:
+        self.problems[name] = PlanError(cause, where=f"{self._inputs.recipe.origin}: tokenizer", fix=fix)
 
     def _lent(self, model: str, name: str) -> TensorEntry | None:
         tensors = self._inputs.tensors[model]
@@ -246,8 +262,10 @@ def compare_vocabularies(inputs: Inputs, models: Sequence[str], stages: Sequence
     raw = {model: content for model in models if (content := _raw(inputs, model, stages))}
     if len(set(raw.values())) < 2:
         return ()
-    first, *others = raw
-    rows = {model: vocabulary(content) for model, content in raw.items()}
+    rows = {model: found for model, content in raw.items() if (found := vocabulary(content))}
+    if not rows:
+        return ()
+    first, *others = rows
     found = (_difference(inputs, model, first, rows[model], rows[first]) for model in others)
     return tuple(problem for problem in found if problem is not None)
 
@@ -265,7 +283,7 @@ def _stage(model: str, stages: Sequence[Plan]) -> Plan | None:
 
 
 def _difference(inputs: Inputs, model: str, first: str, own: Vocabulary, other: Vocabulary) -> PlanError | None:
-    if own == other or not own or not other:
+    if own == other:
         return None
     moved = [token for token, row in own.items() if other.get(token, row) != row]
     more, less = [t for t in own if t not in other], [t for t in other if t not in own]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from weldment.checkpoint.model import Checkpoint
 from weldment.checkpoint.side_files import side_file
 from weldment.errors import CheckpointError
 from weldment.vocabulary.tokenizer import Tokenizer
+
+_OF_CLASS = (
+    "model_max_length",
+    "model_input_names",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+)
+"""Settings that a tokenizer's class has, where its files do not say them."""
 
 _FIX = "Save it as tokenizer.json: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
 
@@ -38,9 +48,17 @@ def convert(model: Checkpoint, names: Sequence[str], where: str) -> Tokenizer:
         cause = f"has a slow tokenizer only ({listing}), which transformers cannot convert: {_first_line(error)}"
         raise CheckpointError(cause, where=place, fix=_FIX) from error
     roles = {name: str(value) for name, value in made.special_tokens_map.items() if isinstance(value, str)}
-    settings = {**roles, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": made.model_max_length}
-    template = made.chat_template if isinstance(made.chat_template, str) else None
-    return Tokenizer(model.reference, raw, settings | ({"chat_template": template} if template else {}), roles)
+    settings = {**roles, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {name: value for name in _OF_CLASS if (value := getattr(made, name, None)) is not None}
+    return Tokenizer(model.reference, raw, {**settings, **_templates(made.chat_template)}, roles)
+
+
+def _templates(found: str | Mapping[str, str] | None) -> Mapping[str, Any]:
+    """Chat templates as settings write them: one, or a list of several by name."""
+    if not found:
+        return {}
+    several = found.items() if isinstance(found, Mapping) else ()
+    return {"chat_template": [{"name": name, "template": text} for name, text in several] or found}
 
 
 def _folder(model: Checkpoint, names: Sequence[str]) -> Path:

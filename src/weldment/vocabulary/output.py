@@ -72,10 +72,15 @@ class Output:
         """Tells outputs apart."""
         return hashlib.sha256(self.json() + (self.chat_template or "").encode()).hexdigest()
 
+    @property
+    def has_new_template(self) -> bool:
+        """Whether its chat template is not that of `start`."""
+        return self.chat_template != self.start.template
+
     def tokenizer(self, reference: str) -> Tokenizer:
         """The tokenizer itself, as a merge that builds on this one finds it."""
-        settings = self.start.settings if self.template is None else {**self.start.settings, "chat_template": None}
-        file = self.start.template_file if self.template is None else self.template
+        settings = {**self.settings, "chat_template": None} if self.has_new_template else self.settings
+        file = self.template if self.has_new_template else self.start.template_file
         made = replace(self.start, reference=reference, settings=settings, template_file=file)
         return replace(made, raw=self.json()) if self.is_changed else made
 
@@ -83,7 +88,7 @@ class Output:
     def settings(self) -> dict[str, Any]:
         """The content of `tokenizer_config.json`."""
         settings = dict(self.start.settings)
-        if self.template is not None:
+        if self.has_new_template:
             settings["chat_template"] = self.template
         if self.is_changed and "added_tokens_decoder" in settings:
             settings["added_tokens_decoder"] = {

@@ -35,7 +35,8 @@ def respelled(tokenizer: Tokenizer, target: Spelling) -> Mapping[str, int]:
         return tokenizer.tokens
     change = _as_pieces if target == "pieces" else _as_bytes
     found: dict[str, int] = {}
-    for token, row in tokenizer.tokens.items():
+    # SentencePiece has a token for each byte besides those for letters: `<0x41>` is "A" only where nothing else is.
+    for token, row in sorted(tokenizer.tokens.items(), key=lambda item: _BYTE.fullmatch(item[0]) is not None):
         found.setdefault(token if token in tokenizer.added else change(token), row)
     return found
 

@@ -80,9 +80,12 @@ def syntax_error(template: str) -> str | None:
     from jinja2 import TemplateSyntaxError
 
     try:
-        _environment().parse(template)
+        # Parsed alone, it may name filters that do not exist.
+        _environment().compile(template)
     except TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
+    except (SyntaxError, RecursionError) as error:  # blocks nested deeper than Python's own may be
+        return str(error)
     return None
 
 
@@ -95,9 +98,14 @@ def rendered(template: str, roles: Mapping[str, str]) -> str:
     Raises:
         jinja2.TemplateError: it cannot be rendered.
     """
+    from jinja2 import TemplateError
+
     names = {"bos_token": "", "eos_token": "", "pad_token": "", "unk_token": "", **roles}
     made = _environment().from_string(template)
-    return made.render(messages=list(TALK), add_generation_prompt=True, tools=None, documents=None, **names)
+    try:
+        return made.render(messages=list(TALK), add_generation_prompt=True, tools=None, documents=None, **names)
+    except Exception as error:  # a template can divide by zero
+        raise TemplateError(str(error)) from error
 
 
 def _environment() -> Any:

@@ -23,6 +23,9 @@ Spelling = Literal["bytes", "pieces", "words"]
 Vocabulary = Mapping[str, int]
 """Token -> row."""
 
+_MOST_ROWS = 1 << 24
+"""No vocabulary is nearly as large; a row beyond is an error in the file."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -126,10 +129,38 @@ def require_tokenizer(model: Checkpoint, where: str) -> Tokenizer:
             fix = "Save its tokenizer beside the weights (tokenizer.json)"
             raise CheckpointError(cause, where=f"{where}: {model.reference}", fix=fix)
         found = convert(model, names, where)
-    if not found.tokens:
-        cause = "its tokenizer.json lists no tokens"
-        raise CheckpointError(cause, where=f"{where}: {model.reference}", fix="Save the tokenizer again")
+    check_tokens(found, where)
     return found
+
+
+def check_tokens(tokenizer: Tokenizer, where: str) -> None:
+    """Check that a tokenizer tells its tokens and their rows.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if (fault := _fault(tokenizer.content)) is not None:
+        place = f"{where}: {tokenizer.reference}"
+        raise CheckpointError(f"its tokenizer.json {fault}", where=place, fix="Save the tokenizer again")
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with the tokens of a `tokenizer.json`."""
+    model = content.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(listed, (dict, list)) or not listed:
+        return "lists no tokens"
+    if isinstance(listed, list) and (odd := next((pair for pair in listed if not _is_scored(pair)), None)) is not None:
+        return f"is damaged: {json.dumps(odd)} is no token with its score"
+    for token, row in _tokens(content):
+        if not isinstance(token, str) or not isinstance(row, int) or not 0 <= row < _MOST_ROWS:
+            return f"is damaged: the row of token {json.dumps(token)} is {json.dumps(row)}"
+    return None
+
+
+def _is_scored(pair: Any) -> bool:
+    """Whether it is a token of a Unigram model."""
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], (int, float))
 
 
 def vocabulary(raw: bytes) -> Vocabulary:
