@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +187,18 @@ def test_head_of_a_merge_that_a_later_one_keeps(tmp_path: Path) -> None:
 
 
 def test_side_files_and_tokenizer_pass_through_an_earlier_merge(tmp_path: Path) -> None:
-    files = {"generation_config.json": "{}", "tokenizer.json": "first"}
+    words = [
+        json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": unknown}})
+        for unknown in ("a", "b")
+    ]
+    files = {"generation_config.json": "{}", "tokenizer.json": words[0]}
     config = models.decoder_config()
     first = models.save_state(tmp_path / "a", models.decoder_state(), config, **files)
-    second = models.save_state(tmp_path / "b", models.decoder_state(seed=1), config, **{"tokenizer.json": "second"})
+    second = models.save_state(tmp_path / "b", models.decoder_state(seed=1), config, **{"tokenizer.json": words[1]})
     soup = stage("soup", "linear", first, second, tokenizer_source=str(second))
     merge([soup, models.recipe("linear", Path("soup"), first)], tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == "{}"
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "second"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == words[1]
 
 
 def test_notes_of_earlier_merges_are_told(four: list[Path]) -> None:
