@@ -316,6 +316,16 @@ def test_other_tokens_in_the_rows_of_merged_embeddings_are_refused(tmp_path: Pat
     assert planned("linear", a, b, heads=["*embed_tokens*"]).counts()["head"] == 2
 
 
+def test_a_damaged_tokenizer_does_not_hide_that_the_others_differ(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    layers = [saved(tmp_path / folder, rows=3, name=name) for folder in "abc"]
+    for folder, words in zip(layers[1:], (["a", "b", "c"], ["a", "c", "b"]), strict=True):
+        vocabulary = {token: row for row, token in enumerate(words)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    (layers[0] / "tokenizer.json").write_text("{}")
+    assert "different vocabularies" in refused("linear", *layers)
+
+
 def test_drop_and_take_work_on_modules(pair: tuple[Path, Path]) -> None:
     a, b = pair
     found = planned("linear", a, b, drop=["*.v_proj"], take={f"{Q}*": str(b)})

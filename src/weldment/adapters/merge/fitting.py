@@ -150,9 +150,9 @@ def _check_vocabularies(inputs: AdapterInputs) -> None:
     raw = {ref: content for ref in holders if (content := _tokenizer(inputs.adapters[ref])) is not None}
     if len(set(raw.values())) < 2:
         return
-    first, *others = raw
-    rows = {reference: vocabulary(content) for reference, content in raw.items()}
-    for other in others:
+    rows = {reference: found for reference, content in raw.items() if (found := vocabulary(content))}
+    first = next(iter(rows), "")
+    for other in [*rows][1:]:
         moved = [token for token, row in rows[other].items() if rows[first].get(token, row) != row]
         there = {row: token for token, row in rows[first].items()}
         moved += [token for token, row in rows[other].items() if token not in rows[first] and row in there]
