@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +73,16 @@ def is_lost(url: str) -> bool:
         return True
 
 
+@contextmanager
+def lost_request(url: str) -> Iterator[None]:
+    """With a request in flight, which is lost in the end."""
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(is_lost, url)
+        until(lambda: in_flight(url) == 1)
+        yield
+        assert lost.result(30)
+
+
 def body(number: int, **keys: Any) -> dict[str, Any]:
     return {"model": "poet", "prompt": f"w{number}", "max_tokens": 20, "temperature": 0, **keys}
 
@@ -126,15 +135,9 @@ def test_a_load_that_goes_on_over_the_signal_loses_nothing(bundle: Path) -> None
 
 
 def test_what_does_not_end_in_time_is_cut_off_and_told(bundle: Path) -> None:
-    with process(bundle, "--grace", "0.2", pause=0.2) as (running, url):
-        failed: list[bool] = []
-        thread = threading.Thread(target=lambda: failed.append(is_lost(url)))
-        thread.start()
-        until(lambda: in_flight(url) == 1)
+    with process(bundle, "--grace", "0.2", pause=0.2) as (running, url), lost_request(url):
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 1
-        thread.join(30)
-        assert failed == [True]
         assert running.stderr is not None
         said = running.stderr.read()
         assert "1 request did not end in time" in said
@@ -142,17 +145,11 @@ def test_what_does_not_end_in_time_is_cut_off_and_told(bundle: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(bundle: Path) -> None:
-    with process(bundle, "--grace", "60", pause=0.5) as (running, url):
-        failed: list[bool] = []
-        thread = threading.Thread(target=lambda: failed.append(is_lost(url)))
-        thread.start()
-        until(lambda: in_flight(url) == 1)
+    with process(bundle, "--grace", "60", pause=0.5) as (running, url), lost_request(url):
         running.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/health").status_code == 503)
         running.send_signal(signal.SIGTERM)
         assert running.wait(10) == 1
-        thread.join(30)
-        assert failed == [True]
 
 
 def test_a_taken_port_and_wrong_options_are_errors(bundle: Path) -> None:

@@ -27,13 +27,13 @@ from weldment.report.card import model_card
 from weldment.report.manifest import file_digest, manifest, read_manifest, write_manifest
 from weldment.version import __version__
 from weldment.vocabulary.checks import check_copied, check_written
-from weldment.vocabulary.tokenizer import Vocabulary
 from weldment.vocabulary.writing import (
     generation_config,
     known_tokens,
     with_token_ids,
     write_generation_config,
     write_tokenizer,
+    written_tokens,
 )
 
 if TYPE_CHECKING:
@@ -193,10 +193,6 @@ def _token_rows(plan: Plan) -> int | None:
     return None if name is None else shapes[name][0]
 
 
-def _tokens(plan: Plan) -> Vocabulary:
-    return known_tokens(plan.tokenizer) if plan.output is None else plan.output.tokens
-
-
 def _head_config(plan: Plan, expert: Checkpoint, rows: int | None) -> Mapping[str, Any]:
     """An expert's configuration, with the rows that its head and its special tokens have where they are aligned."""
     name = input_embedding(expert.tensors)
@@ -233,7 +229,8 @@ def complete(plan: Plan, folder: Path, checksums: Checksums) -> None:
     if plan.output is not None:
         write_tokenizer(folder, plan.output)
     if plan.tokenizer is not plan.side:
-        write_generation_config(folder, generation_config(plan.side, plan.tokenizer, _tokens(plan)))
+        tokens = written_tokens(plan.tokenizer, plan.output)
+        write_generation_config(folder, generation_config(plan.side, plan.tokenizer, tokens))
     if plan.config:
         write_json(folder / "config.json", plan.config)
     rows = _token_rows(plan)

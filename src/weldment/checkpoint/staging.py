@@ -30,6 +30,7 @@ MANIFEST = "weldment.json"
 _OWN = frozenset({"out", "old", "stages", "journal", "lock"})
 _MODEL_FILES = (MANIFEST, "config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
 _LOCK_SECONDS = 3.0
 """Workers of a merge that was killed share its lock until the system has ended them, too."""
 

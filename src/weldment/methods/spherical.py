@@ -38,17 +38,16 @@ CANCELLED = 1e-7
 _SETTLED_BITS = 40
 
 
-def gram(vectors: Sequence[Tensor], room: Callable[[], Tensor] | None = None) -> Tensor:
+def gram(vectors: Sequence[Tensor]) -> Tensor:
     """Inner products <x_i, x_j> over the last dimension, in float64.
 
     Args:
         vectors: T tensors of one shape (..., n).
-        room: gives float64 memory of that shape; fresh memory costs three times what the conversion does.
 
     Returns:
         (..., T, T), symmetric.
     """
-    wide = [vector.double() if room is None else room().copy_(vector) for vector in vectors]
+    wide = [vector.double() for vector in vectors]
     product = torch.dot if wide[0].dim() == 1 else _row_products
     half = {(i, j): product(wide[i], wide[j]) for i in range(len(wide)) for j in range(i + 1)}
     rows = [torch.stack([half[max(i, j), min(i, j)] for j in range(len(wide))], -1) for i in range(len(wide))]
@@ -177,7 +176,8 @@ def point_products(block: Block, **_: object) -> Tensor:
 
 def flat_products(block: Block, vectors: Sequence[Tensor]) -> Tensor:
     """(T, T): the Gram matrix of vectors shaped like the block's models, flattened."""
-    return gram([vector.reshape(-1) for vector in vectors], lambda: block.scratch(torch.float64).view(-1))
+    # Fresh memory costs three times what the conversion does.
+    return gram([block.scratch(torch.float64).copy_(vector).view(-1) for vector in vectors])
 
 
 def _coefficients(function: Callable[..., Tensor], **settings: object) -> tuple[Total, ...]:

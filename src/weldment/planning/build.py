@@ -23,7 +23,7 @@ from weldment.planning.tying import declared_tying, with_tying
 from weldment.planning.vocabulary import Words, compare_vocabularies, settle_vocabulary
 from weldment.recipe.recipe import Recipe
 from weldment.vocabulary.checks import ids_beyond
-from weldment.vocabulary.writing import GENERATION, generation_config, known_tokens, with_token_ids
+from weldment.vocabulary.writing import GENERATION, generation_config, known_tokens, with_token_ids, written_tokens
 
 
 def build_plan(
@@ -181,7 +181,7 @@ def _config(
     if dtype is not None and (inputs.recipe.dtype or not stated_dtype_holds(origin, dtype)):
         config = with_dtype(config, dtype)
     if words.tokenizer is not origin:
-        new = known_tokens(words.tokenizer) if words.output is None else words.output.tokens
+        new = written_tokens(words.tokenizer, words.output)
         config = with_token_ids(config, words.tokenizer.config, known_tokens(origin), new)
     old, new = _rows(inputs, jobs)
     return config if old == new else with_rows(config, old, new)

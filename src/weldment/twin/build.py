@@ -250,7 +250,6 @@ class _Build:
     def _describe(self, records: Sequence[Mapping[str, Any]]) -> None:
         """The card, the manifest with it, and `twin.json`."""
         planned = self.planned
-        config = planned.merge.config
         card = self.folder / "README.md"
         card.write_text(bundle_card(planned, records), encoding="utf-8")
         manifest = read_manifest(self.folder)
@@ -259,8 +258,8 @@ class _Build:
         files["README.md"] = file_digest(card)
         write_manifest(self.folder, {**manifest, "files": files, "tensors": tensors})
         shared = {
-            "model_type": config.get("model_type"),
-            "class": next(iter(config.get("architectures") or []), None),
+            "model_type": planned.merge.config.get("model_type"),
+            "class": planned.shared_class,
             "method": "existing model" if planned.recipe.shared else planned.merge.recipe.method,
         }
         exclusive = {**planned.recipe.exclusive.record(), "exclude": list(planned.recipe.exclude)}

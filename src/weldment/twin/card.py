@@ -50,12 +50,7 @@ def bundle_card(planned: TwinPlan, records: Sequence[Mapping[str, Any]]) -> str:
         "One shared model, what each expert has beyond it in compressed form, and a router that mixes these parts for "
         f"every input; built with weldment {__version__}. Method: Twin-Merging (Lu et al., NeurIPS 2024).",
         "\n".join(["| expert | size | of its squared difference kept |", "| --- | --- | --- |", *rows]),
-        _USE.replace("SHARED_CLASS", _shared_class(planned)),
+        _USE.replace("SHARED_CLASS", planned.shared_class or "AutoModel"),
         "`twin.json` has the SHA-256 of every file, `weldment.json` the recipe and an account of the shared model.",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _shared_class(planned: TwinPlan) -> str:
-    """The class whose names of modules the adapters have."""
-    return next(iter(planned.merge.config.get("architectures") or ["AutoModel"]))

@@ -107,6 +107,11 @@ class TwinPlan:
     notes: tuple[str, ...]
 
     @property
+    def shared_class(self) -> str | None:
+        """The class that the shared model's configuration names, whose names of modules the adapters have."""
+        return next(iter(self.merge.config.get("architectures") or []), None)
+
+    @property
     def factor_numbers(self) -> int | None:
         """How many numbers the layers will have at most; None where ranks are found by energy."""
         found = [(piece.rank, sum(piece.sides)) for piece in self.pieces if piece.is_layer]

@@ -49,6 +49,11 @@ def known_tokens(model: Checkpoint) -> Vocabulary:
     return vocabulary(read_side_file(model, TOKENIZER) or b"")
 
 
+def written_tokens(tokenizer: Checkpoint, output: Output | None) -> Vocabulary:
+    """The tokens of a merge with their rows: of its vocabulary, or else of the model whose tokenizer it copies."""
+    return known_tokens(tokenizer) if output is None else output.tokens
+
+
 def with_token_ids(
     config: Mapping[str, Any], other: Mapping[str, Any], old: Vocabulary, new: Vocabulary
 ) -> dict[str, Any]:
@@ -60,8 +65,9 @@ def with_token_ids(
         old: the tokens that the ids of `config` stand for; none if they are not known, and ids stay.
         new: the tokens that the ids of `other` stand for, likewise.
     """
-    text = other.get("text_config")
-    text = text if isinstance(text, Mapping) else {}
+    nested = other.get("text_config")
+    text = nested if isinstance(nested, Mapping) else {}
+    stated = {**text, **other}
     moved = {row: new.get(token) for token, row in old.items()} if new else {}
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -69,7 +75,7 @@ def with_token_ids(
             found[key] = with_token_ids(value, {**other, **text}, old, new)
         elif not key.endswith("_token_id"):
             found[key] = value
-        elif key in (stated := {**text, **other}):
+        elif key in stated:
             found[key] = stated[key]
         elif (kept := _moved(value, moved)) is not None or value is None:
             found[key] = kept

@@ -168,8 +168,8 @@ def _of(space: Space, lineup: Lineup, evaluator: Evaluator) -> dict[str, str]:
 def _content(task: AnyTask, evaluator: Evaluator) -> list[Any]:
     """A task as its examples, wherever they lie."""
     if isinstance(task, LanguageTask):
-        is_file = Path(task.source).expanduser().is_file()
-        return [task.name, task.kind, file_digest(Path(task.source).expanduser()) if is_file else task.source]
+        source = Path(task.source).expanduser()
+        return [task.name, task.kind, file_digest(source) if source.is_file() else task.source]
     split = task.split(evaluator.options.split)
     return [task.name, task.metric, task.labels, task.max_length, split.texts, split.pairs, split.labels.tolist()]
 
